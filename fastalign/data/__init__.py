@@ -1,0 +1,1 @@
+"""From files to batches: readers, templates, tokenization, sampling, collation."""

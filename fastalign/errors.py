@@ -1,0 +1,27 @@
+"""What a user can get wrong, as exceptions: what is wrong, where, and how to mend it.
+
+Each class also derives from the built-in that a caller of the Python API would expect, so
+``except ValueError`` keeps working. The command line turns every one of them into a single line on
+stderr and exit code 2; anything else is a bug or a failure of the machine.
+"""
+
+from __future__ import annotations
+
+
+class FastalignError(Exception):
+    """Base of everything that is the user's to mend. The message is one line."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+class ConfigError(FastalignError, ValueError):
+    """A setting is unknown, of the wrong type, out of range, or at odds with another one."""
+
+
+class DataError(FastalignError, ValueError):
+    """A data file is missing, unreadable, of an unknown kind, or holds nothing that can be used."""
+
+
+class ModelError(FastalignError, RuntimeError):
+    """A model cannot be reached, is not a decoder, or does not work the way we rely on."""

@@ -1,0 +1,1 @@
+"""Probing: how well the states of a layer find translations."""

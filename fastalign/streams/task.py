@@ -1,0 +1,95 @@
+"""The task stream: prompts and answers, cross-entropy on the answer tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastalign.data.sampling import Sampler
+from fastalign.data.templates import TaskExample
+from fastalign.data.tokenization import IGNORE_INDEX, PromptTokenizer, pad
+from fastalign.streams.base import MicroBatch, Stream, my_share, rank_and_world_size, sum_over_ranks
+
+
+class TaskStream(Stream):
+    """Cross-entropy per answer token, over all answer tokens of the optimizer step on all ranks.
+
+    Args:
+        train, held_out: examples.
+        tokenizer: makes ids and labels of an example.
+        sampler: order of `train`.
+        micro_batch_size: rows of a forward. accumulation: forwards of an optimizer step.
+        eval_batch_size: rows of a forward in evaluation.
+    """
+
+    name = "task"
+
+    def __init__(
+        self,
+        train: Sequence[TaskExample],
+        held_out: Sequence[TaskExample],
+        tokenizer: PromptTokenizer,
+        sampler: Sampler,
+        *,
+        micro_batch_size: int,
+        accumulation: int,
+        eval_batch_size: int,
+    ):
+        self.train, self.held_out, self.tokenizer, self.sampler = train, held_out, tokenizer, sampler
+        self.micro_batch_size = micro_batch_size
+        self.rows_per_step = micro_batch_size * accumulation
+        self.eval_batch_size = eval_batch_size
+        self._scale = 1.0  # ranks per answer token of the step
+
+    def collate(self, rows: Sequence[int]) -> MicroBatch:
+        return self._collate([self.train[i] for i in rows])
+
+    def begin_step(self, model: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
+        answer_tokens = sum(micro_batch.items for micro_batch in micro_batches)
+        device = micro_batches[0].inputs["input_ids"].device
+        total = sum_over_ranks([answer_tokens], device)[0]
+        self._scale = rank_and_world_size()[1] / max(total, 1.0)  # the wrappers average over ranks: undo that
+
+    def loss(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+        return _summed_cross_entropy(model, micro_batch) * self._scale
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """``eval_task_loss``: cross-entropy per answer token of the held-out rows."""
+        if not self.held_out:
+            return {}
+        size = self.eval_batch_size
+        total, tokens = 0.0, 0
+        for i, counts in my_share(-(-len(self.held_out) // size)):
+            micro_batch = self._collate(self.held_out[i * size : (i + 1) * size]).to(device)
+            loss = _summed_cross_entropy(model, micro_batch).item()
+            if counts:
+                total, tokens = total + loss, tokens + micro_batch.items
+        total, tokens = sum_over_ranks([total, tokens], device)
+        return {f"eval_{self.name}_loss": total / max(tokens, 1)}
+
+    def _collate(self, examples: Sequence[TaskExample]) -> MicroBatch:
+        encoded = [self.tokenizer(example) for example in examples]
+        labels = pad([labels for _, labels in encoded], IGNORE_INDEX)
+        inputs = {
+            "input_ids": pad([ids for ids, _ in encoded], self.tokenizer.tokenizer.pad_token_id or 0),
+            "attention_mask": pad([[1] * len(ids) for ids, _ in encoded], 0),
+            "labels": labels,
+        }
+        return MicroBatch(inputs, tokens=sum(len(ids) for ids, _ in encoded), items=_learnt(labels))
+
+
+def _learnt(labels: torch.Tensor) -> int:
+    return int((labels[:, 1:] != IGNORE_INDEX).sum())
+
+
+def _summed_cross_entropy(model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+    """Sum over the answer tokens, in fp32; only their rows of the logits are converted."""
+    inputs = micro_batch.inputs
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+    labels = inputs["labels"][:, 1:]
+    learnt = labels != IGNORE_INDEX
+    return F.cross_entropy(logits[:, :-1][learnt].float(), labels[learnt], reduction="sum")

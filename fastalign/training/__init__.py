@@ -1,0 +1,1 @@
+"""Training: streams and a schedule on `transformers.Trainer`."""

@@ -1,0 +1,59 @@
+"""`transformers.TrainingArguments` from the config's ``training:`` section."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastalign.config import TRAINING_DEFAULTS, Config, nearest
+from fastalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def training_arguments(config: Config, can_evaluate: bool) -> TrainingArguments:
+    """The user's settings over our defaults; `resume_from_checkpoint` stays ours and is not handed on.
+
+    Args:
+        config: the whole configuration.
+        can_evaluate: whether anything is held out to evaluate on.
+
+    Raises:
+        ConfigError: an unknown key, or a value that TrainingArguments refuses.
+    """
+    from transformers import TrainingArguments
+
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    user = {key: value for key, value in config.training.items() if key != "resume_from_checkpoint"}
+    for key in user:
+        if key not in known:
+            raise ConfigError(
+                f"unknown key training.{key}{nearest(key, known)}; it must be an argument of transformers.TrainingArguments"
+            )
+    values: dict[str, Any] = {**TRAINING_DEFAULTS, **_hardware_defaults(user), **user}
+    if not can_evaluate:
+        for key in ("eval_strategy", "load_best_model_at_end", "eval_on_start"):
+            if user.get(key) not in (None, False, "no"):
+                raise ConfigError(f"training.{key}: nothing is held out; give eval_data, or an eval_share above 0")
+        values["eval_strategy"] = "no"
+    if isinstance(user.get("max_steps"), int) and user["max_steps"] == 0:
+        raise ConfigError("training.max_steps must be above 0, or left out to train for num_train_epochs")
+    try:
+        arguments = TrainingArguments(**values)
+    except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
+        raise ConfigError(f"training: {error}") from None
+    arguments.remove_unused_columns = False
+    return arguments
+
+
+def _hardware_defaults(user: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {"disable_tqdm": not sys.stderr.isatty()}
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not user.get("fp16"):
+        values["bf16"] = True
+    if not torch.cuda.is_available():
+        values["dataloader_pin_memory"] = False
+    return values

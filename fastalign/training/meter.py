@@ -1,0 +1,144 @@
+"""What every stream did: loss, gradient norm, tokens and seconds, per stream and never mixed.
+
+The meter lives in the trainer's callbacks, so that checkpoints carry it and a resumed run reports the whole run.
+Losses stay on the device until they are logged, and times on a GPU are those of the GPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from fastalign.streams.base import rank_and_world_size, sum_over_ranks
+
+COUNTERS = ("tokens", "items", "seconds")
+
+
+class StreamMeter(TrainerCallback, ExportableState):
+    """Per-stream history and the sums since the last log.
+
+    Attributes:
+        losses: of every optimizer step of a stream, mean over ranks, in order.
+        totals: ``{stream: {tokens, items, seconds}}`` of the whole run, tokens and items summed over ranks.
+        notes: anything else that a resumed run must still know, such as the retrieval before training.
+    """
+
+    def __init__(self) -> None:
+        self.losses: dict[str, list[float]] = {}
+        self.totals: dict[str, dict[str, float]] = {}
+        self.notes: dict[str, Any] = {}
+        self._steps: dict[str, list[_Step]] = {}  # since the last log
+
+    @contextmanager
+    def timing(self, stream: str, opens_step: bool) -> Iterator[_Step]:
+        """Time a forward and backward; the caller adds loss, tokens and items to the yielded step."""
+        steps = self._steps.setdefault(stream, [])
+        if opens_step:
+            steps.append(_Step())
+        span = _Span()
+        yield steps[-1]
+        span.stop()
+        steps[-1].spans.append(span)
+
+    def grad_norm(self, stream: str, norm: torch.Tensor | float) -> None:
+        """Note the gradient norm of the stream's present step."""
+        self._steps[stream][-1].grad_norm = norm
+
+    def flush(self, device: torch.device) -> dict[str, float]:
+        """Metrics since the last call, for the log; call it on all ranks at the same steps."""
+        logs: dict[str, float] = {}
+        world_size = rank_and_world_size()[1]
+        for stream, steps in sorted(self._steps.items()):
+            if not steps:
+                continue
+            local = [step.loss_value() for step in steps]
+            sums = sum_over_ranks([*local, sum(s.tokens for s in steps), sum(s.items for s in steps)], device)
+            losses, (tokens, items) = [loss / world_size for loss in sums[:-2]], sums[-2:]
+            seconds = sum(step.seconds() for step in steps)
+            norms = [float(step.grad_norm) for step in steps if step.grad_norm is not None]
+            self.losses.setdefault(stream, []).extend(losses)
+            totals = self.totals.setdefault(stream, dict.fromkeys(COUNTERS, 0.0))
+            for name, value in zip(COUNTERS, (tokens, items, seconds)):
+                totals[name] += value
+            logs[f"{stream}_loss"] = sum(losses) / len(losses)
+            if norms:
+                logs[f"{stream}_grad_norm"] = sum(norms) / len(norms)
+            logs[f"{stream}_tokens"] = tokens
+            logs[f"{stream}_seconds"] = seconds
+            steps.clear()
+        return logs
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """The `streams` part of summary.json; loss_first and loss_last are means over a tenth of the steps, at least 3."""
+        result = {}
+        for stream, losses in self.losses.items():
+            tenth = min(len(losses), max(3, len(losses) // 10))
+            totals = self.totals[stream]
+            result[stream] = {
+                "steps": len(losses),
+                "loss_first": sum(losses[:tenth]) / tenth,
+                "loss_last": sum(losses[-tenth:]) / tenth,
+                "tokens": int(totals["tokens"]),
+                "seconds": totals["seconds"],
+            }
+            if stream == "alignment":
+                result[stream]["pairs"] = int(totals["items"])
+        return result
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the meter."""
+        return {"args": {}, "attributes": {"losses": self.losses, "totals": self.totals, "notes": self.notes}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A resumed run takes up the history of its checkpoint."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if saved and state.global_step > 0:
+            for name, value in saved["attributes"].items():
+                setattr(self, name, value)
+
+
+class _Step:
+    """One optimizer step of one stream."""
+
+    def __init__(self) -> None:
+        self.losses: list[torch.Tensor] = []
+        self.tokens = self.items = 0
+        self.grad_norm: torch.Tensor | float | None = None
+        self.spans: list[_Span] = []
+
+    def loss_value(self) -> float:
+        return torch.stack(self.losses).sum().item()
+
+    def seconds(self) -> float:
+        return sum(span.seconds() for span in self.spans)
+
+
+class _Span:
+    """A stretch of time, of the GPU's where there is one."""
+
+    def __init__(self) -> None:
+        self._cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        self._start = self._now()
+        self._stop = self._start
+
+    def stop(self) -> None:
+        self._stop = self._now()
+
+    def seconds(self) -> float:
+        if not self._cuda:
+            return self._stop - self._start
+        self._stop.synchronize()
+        return self._start.elapsed_time(self._stop) / 1000
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

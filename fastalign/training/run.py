@@ -1,0 +1,249 @@
+"""The main job: from a configuration to an adapter in a folder."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastalign.config import Config, TaskConfig, save_config
+from fastalign.data.parallel import Pair, read_pairs
+from fastalign.data.sampling import Sampler, held_out
+from fastalign.data.templates import TaskExample, TaskReader
+from fastalign.data.tokenization import PromptTokenizer, SentenceTokenizer
+from fastalign.errors import ConfigError, DataError
+from fastalign.model.encode import resolve_layer
+from fastalign.model.loading import add_adapter, load_model, load_model_config, load_tokenizer
+from fastalign.probing.retrieval import choose_pairs, retrieval
+from fastalign.streams.alignment import AlignmentStream
+from fastalign.streams.base import Stream, rank_and_world_size
+from fastalign.streams.task import TaskStream
+from fastalign.training.arguments import training_arguments
+from fastalign.training.schedule import Schedule
+from fastalign.training.trainer import AlignTrainer
+
+RESULTS = ("adapter_config.json", "adapter_model.safetensors", "config.yaml", "summary.json")
+MAX_HELD_OUT = {"task": 1_000, "alignment": 2_000}
+
+
+def train(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
+    """Train an adapter and write it, ``config.yaml`` and ``summary.json`` to the configured output folder.
+
+    Args:
+        config: of the run.
+        overwrite: replace results that the output folder holds.
+
+    Returns:
+        The content of ``summary.json``.
+
+    Raises:
+        ConfigError, DataError, ModelError: something the user can mend; raised before anything is overwritten.
+    """
+    started = time.perf_counter()
+    schedule = Schedule(config.schedule.mode, config.schedule.ratio)
+    _require_data(config, schedule)
+    checkpoint = _checkpoint_to_resume(config)
+    _require_free_folder(config.output_dir, overwrite or checkpoint is not None)
+    layers = _layers(config)
+    tokenizer = load_tokenizer(config.model)
+    task = _read_task(config) if config.task.data else None
+    pairs = _read_alignment(config) if config.alignment.data or config.alignment.eval_data else None
+    args = training_arguments(config, can_evaluate=bool((task and task[1]) or (pairs and pairs[1])))
+    if config.alignment.negatives == "world" and args.world_size > 1:
+        raise ConfigError("alignment.negatives: world is not supported on several ranks yet; use rank")
+
+    sentences = SentenceTokenizer(
+        tokenizer, config.alignment.skip_first_token, config.alignment.pooling, _room(config, config.alignment.max_length)
+    )
+    streams: dict[str, Stream] = {}
+    if task:
+        streams["task"] = _task_stream(config, task, tokenizer, args)
+    if pairs and config.alignment.data:
+        streams["alignment"] = AlignmentStream(
+            *pairs,
+            sentences,
+            Sampler([pair.direction for pair in pairs[0]], config.alignment.language_temperature, args.seed, "alignment"),
+            config.alignment,
+            layers,
+            accumulation=args.gradient_accumulation_steps,
+        )
+
+    from transformers import set_seed
+
+    set_seed(args.seed)
+    model = add_adapter(load_model(config.model), config.adapter)
+    probe = _probe(sentences, pairs[1], layers[-1], config.alignment.eval_pairs) if pairs and pairs[1] else None
+    trainer = AlignTrainer(
+        model, args, streams=streams, schedule=schedule, retrieval=probe, processing_class=tokenizer
+    )
+    if rank_and_world_size()[0] == 0:
+        _clear(config.output_dir, keep_checkpoints=checkpoint is not None)
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, config.output_dir / "config.yaml")
+    if probe is not None:
+        trainer.meter.notes["retrieval"] = {"before": probe(model)}
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(config.output_dir))
+    summary: dict[str, Any] = {
+        "steps": trainer.state.global_step,
+        "seconds": time.perf_counter() - started,
+        **_peak_memory(),
+        "layer": layers[0] if len(layers) == 1 else layers,
+        "streams": trainer.meter.summary(),
+    }
+    if probe is not None:
+        summary["retrieval"] = {**trainer.meter.notes["retrieval"], "after": probe(trainer.model_wrapped)}
+    evaluated = [entry for entry in trainer.state.log_history if "eval_runtime" in entry]
+    if evaluated:
+        summary["evaluation"] = {name: value for name, value in evaluated[-1].items() if name.startswith("eval_")}
+    if rank_and_world_size()[0] == 0:
+        (config.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def _require_data(config: Config, schedule: Schedule) -> None:
+    for name in schedule.streams:
+        if not getattr(config, name).data:
+            other = {"task": "align_only", "alignment": "task_only"}[name]
+            raise ConfigError(f"{name}.data is missing; give it, or set schedule.mode: {other}")
+
+
+def _checkpoint_to_resume(config: Config) -> str | None:
+    """The checkpoint folder that ``training.resume_from_checkpoint`` asks for."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    wanted = config.training.get("resume_from_checkpoint")
+    if wanted in (None, False):
+        return None
+    if wanted is True:
+        last = get_last_checkpoint(str(config.output_dir)) if config.output_dir.is_dir() else None
+        if last is None:
+            print(f"no checkpoint in {config.output_dir}: starting from the beginning", file=sys.stderr)
+        return last
+    if not isinstance(wanted, str) or not (Path(wanted) / "trainer_state.json").is_file():
+        raise ConfigError(f"training.resume_from_checkpoint: {wanted!r} is not a checkpoint folder, true or false")
+    return wanted
+
+
+def _require_free_folder(folder: Path, allowed: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"training.output_dir: {str(folder)!r} is a file, not a folder")
+    found = _results_in(folder)
+    if found and not allowed:
+        raise ConfigError(
+            f"training.output_dir: {str(folder)!r} holds results ({found[0].name}); choose another folder, add "
+            "--overwrite, or continue with training.resume_from_checkpoint=true"
+        )
+    parent = folder
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        probe = parent / f".fastalign-{time.time_ns()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"training.output_dir: cannot write to {str(parent)!r} ({error.strerror})") from None
+
+
+def _results_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [*folder.glob("checkpoint-*"), *(folder / name for name in RESULTS if (folder / name).exists())]
+
+
+def _clear(folder: Path, keep_checkpoints: bool) -> None:
+    """Remove the results of an earlier run, and nothing else."""
+    for path in _results_in(folder):
+        if path.is_dir():
+            if not keep_checkpoints:
+                shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _layers(config: Config) -> list[int]:
+    depth = load_model_config(config.model).get_text_config().num_hidden_layers
+    specs = config.alignment.layer if isinstance(config.alignment.layer, list) else [config.alignment.layer]
+    layers = [resolve_layer(spec, depth) for spec in specs]
+    if len(set(layers)) < len(layers):
+        raise ConfigError(f"alignment.layer: {specs} names a layer twice ({layers})")
+    return layers
+
+
+def _room(config: Config, wanted: int) -> int:
+    """Tokens a row may have: as configured, but not beyond the model's context."""
+    context = getattr(load_model_config(config.model).get_text_config(), "max_position_embeddings", None)
+    return min(wanted, context) if isinstance(context, int) and context > 0 else wanted
+
+
+def _read_task(config: Config) -> tuple[list[TaskExample], list[TaskExample]]:
+    """(training, held-out) examples."""
+    task: TaskConfig = config.task
+    reader = TaskReader(task)
+    assert task.data is not None
+    examples = reader.read(task.data, "task.data")
+    if task.eval_data is not None:
+        return examples, reader.read(task.eval_data, "task.eval_data")[: MAX_HELD_OUT["task"]]
+    return _split(
+        examples, lambda e: "\x1f".join(m["content"] for m in e.messages), task.eval_share, "task"
+    )
+
+
+def _read_alignment(config: Config) -> tuple[list[Pair], list[Pair]]:
+    """(training, held-out) pairs; a meaning is on one side only."""
+    alignment = config.alignment
+    if alignment.data is None:
+        assert alignment.eval_data is not None
+        return [], read_pairs(alignment.eval_data, alignment.pairs, "alignment.eval_data")
+    pairs = read_pairs(alignment.data, alignment.pairs, "alignment.data")
+    if alignment.eval_data is not None:
+        return pairs, read_pairs(alignment.eval_data, alignment.pairs, "alignment.eval_data")
+    names: dict[int, str] = {}
+    for pair in pairs:
+        names[pair.meaning] = min(names.get(pair.meaning, pair.target), pair.target)
+    return _split(pairs, lambda pair: names[pair.meaning], alignment.eval_share, "alignment")
+
+
+def _split(rows: list, key: Callable[[Any], str], share: float, name: str) -> tuple[list, list]:
+    share = min(share, MAX_HELD_OUT[name] / max(len(rows), 1))
+    train, kept = [], []
+    for row in rows:
+        (kept if held_out(key(row), share) else train).append(row)
+    if not train:
+        raise DataError(f"{name}.data: only {len(rows)} rows, and all are held out; give eval_data or eval_share: 0")
+    return train, kept
+
+
+def _task_stream(config: Config, task: tuple[list, list], tokenizer: Any, args: Any) -> TaskStream:
+    prompts = PromptTokenizer(tokenizer, config.task.chat_template, _room(config, config.task.max_length))
+    languages = [example.language for example in task[0]]
+    return TaskStream(
+        *task,
+        prompts,
+        Sampler(languages, config.task.language_temperature, args.seed, "task"),
+        micro_batch_size=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        eval_batch_size=args.per_device_eval_batch_size,
+    )
+
+
+def _probe(tokenizer: SentenceTokenizer, pairs: list[Pair], layer: int, limit: int) -> Callable[[Any], dict[str, Any]]:
+    chosen = choose_pairs(pairs, limit)
+    return lambda model: retrieval(model, tokenizer, chosen, layer)
+
+
+def _peak_memory() -> dict[str, int]:
+    if torch.cuda.is_available():
+        return {
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+            "peak_memory_reserved_bytes": torch.cuda.max_memory_reserved(),
+        }
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

@@ -1,0 +1,233 @@
+"""`AlignTrainer`: streams and a schedule on an otherwise unchanged `transformers.Trainer`.
+
+The Trainer's dataloader is a clock: as many ticks as there are forwards in an epoch, and nothing in them. Which
+streams an optimizer step runs is a pure function of `global_step`, and so are its rows; a resumed run needs no
+position. A tick holds the micro-batches that the step runs between two calls of `training_step`, which may be none
+or several, of one stream or of two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from fastalign.errors import ConfigError
+from fastalign.streams.base import MicroBatch, Stream, rank_and_world_size
+from fastalign.training.meter import StreamMeter
+from fastalign.training.schedule import Schedule
+from fastalign.training.zero import refuse_zero3, zero_term
+
+
+@dataclass
+class _Work:
+    """One forward and backward of an optimizer step."""
+
+    stream: str
+    micro_batch: MicroBatch
+    siblings: list[MicroBatch] | None  # all of the stream's micro-batches, at the first of them
+    closes_stream: bool
+    closes_step: bool
+
+
+class AlignTrainer(Trainer):
+    """A `transformers.Trainer` whose batches come from streams.
+
+    Callbacks, `report_to`, checkpoints, early stopping and best-model selection work as in the parent. Differences:
+    `max_steps` counts the steps of all streams, `num_train_epochs` passes over the task's rows (over the pairs under
+    ``align_only``); `loss` and `grad_norm` are logged per stream (`task_loss`, `alignment_loss`, ...); `eval_loss`
+    is `eval_task_loss`, or `eval_alignment_loss` where no task is trained.
+
+    Args:
+        model: a causal model with a trainable adapter.
+        args: the parent's. `auto_find_batch_size` is refused.
+        streams: by name; those the schedule names are trained on, all are evaluated.
+        schedule: which stream runs at a step.
+        retrieval: called with the model at every evaluation and before and after the run; gives
+            ``{"mean": ..., "languages": ...}``, whose mean is logged as `eval_retrieval`.
+        **kwargs: of the parent: processing_class, callbacks, optimizers.
+
+    Raises:
+        ConfigError: a stream of the schedule is missing, or a setting cannot work here.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        *,
+        streams: Mapping[str, Stream],
+        schedule: Schedule,
+        retrieval: Callable[[torch.nn.Module], dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ):
+        missing = [name for name in schedule.streams if name not in streams]
+        if missing:
+            raise ConfigError(f"schedule.mode: {schedule.mode} needs the stream {', '.join(missing)}")
+        if args.auto_find_batch_size:
+            raise ConfigError(
+                "training.auto_find_batch_size cannot work here: a smaller batch would change the number of negatives "
+                "and the schedule; lower per_device_train_batch_size or alignment.micro_batch_size instead"
+            )
+        refuse_zero3(bool(args.deepspeed), schedule.mode)
+        self.streams, self.schedule, self.retrieval = dict(streams), schedule, retrieval
+        self.meter = StreamMeter()
+        self._first_norm: tuple[str, list[torch.Tensor | None]] | None = None
+        first = self.streams[schedule.streams[0]]
+        epoch = first.steps_per_epoch(args.world_size)
+        self._steps_per_epoch = max(1, schedule.steps(math.ceil(epoch)))
+        if args.max_steps <= 0:
+            args.max_steps = max(1, schedule.steps(math.ceil(args.num_train_epochs * epoch)))
+        kwargs["callbacks"] = [self.meter, *(kwargs.get("callbacks") or [])]
+        super().__init__(model=model, args=args, eval_dataset=[0], **kwargs)  # type: ignore[arg-type]
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The clock: one tick a forward of the task, for one epoch; the same on all ranks."""
+        ticks = self._steps_per_epoch * self.args.gradient_accumulation_steps
+        return DataLoader(range(ticks), batch_size=1, generator=torch.Generator())  # type: ignore[arg-type]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[list[_Work]], None]:
+        """The work of the coming optimizer step, dealt to `num_batches` ticks; the last tick always has some."""
+        for _ in range(num_batches):
+            next(epoch_iterator)
+        rank, world_size = rank_and_world_size()
+        work: list[_Work] = []
+        for name, index in self.schedule.at(self.state.global_step):
+            batches = [batch.to(device) for batch in self.streams[name].micro_batches(index, rank, world_size)]
+            for i, batch in enumerate(batches):
+                last = i == len(batches) - 1
+                work.append(_Work(name, batch, batches if i == 0 else None, closes_stream=last, closes_step=False))
+        work[-1].closes_step = True
+        edges = [i * len(work) // num_batches for i in range(num_batches + 1)]
+        return [work[start:end] for start, end in zip(edges, edges[1:])], None
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: list[_Work], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward of one tick. Returns the sum of its losses, detached."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        total = torch.zeros((), device=self.args.device)
+        for work in inputs:
+            stream = self.streams[work.stream]
+            with self.meter.timing(work.stream, opens_step=work.siblings is not None) as step:
+                if work.siblings is not None:
+                    stream.begin_step(model, work.siblings)
+                with self._synchronized(model, work is inputs[-1]):
+                    with self.compute_loss_context_manager():
+                        loss = stream.loss(model, work.micro_batch)
+                    step.losses.append(loss.detach().float())
+                    loss = loss * stream.weight
+                    total += loss.detach()
+                    self._backward(loss + zero_term(model) if work.closes_step else loss)
+            step.tokens += work.micro_batch.tokens
+            step.items += work.micro_batch.items
+            if work.closes_stream:
+                self._measure_gradient(model, work)
+        return total
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out loss of every stream and retrieval; the arguments are the parent's, `eval_dataset` is not used."""
+        start = time.perf_counter()
+        model, training = self.model_wrapped, self.model_wrapped.training
+        model.eval()
+        metrics: dict[str, float] = {}
+        for stream in self.streams.values():
+            metrics.update(stream.evaluate(model, self.args.device))
+        if self.retrieval is not None:
+            metrics["eval_retrieval"] = self.retrieval(model)["mean"]
+        model.train(training)
+        for name in self.schedule.streams:
+            if f"eval_{name}_loss" in metrics:
+                metrics["eval_loss"] = metrics[f"eval_{name}_loss"]
+                break
+        metrics["eval_runtime"] = time.perf_counter() - start
+        metrics = {metric_key_prefix + name.removeprefix("eval"): value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the parent's, with every stream's own figures; with two streams the mixed ones are left out."""
+        if self.is_in_train and ("loss" in logs or "train_loss" in logs):
+            if len(self.schedule.streams) > 1:
+                logs = {k: v for k, v in logs.items() if k not in ("loss", "train_loss", "grad_norm")}
+            logs = {**self.meter.flush(self.args.device), **logs}
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: a forward that stops early has no simple formula."""
+        return 0
+
+    def _track_num_input_tokens(self, inputs: list[_Work]) -> None:
+        if self.args.include_num_input_tokens_seen != "no":
+            tokens = torch.tensor(sum(work.micro_batch.tokens for work in inputs), device=self.args.device)
+            self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        kwargs = {}
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            kwargs["scale_wrt_gas"] = False  # streams scale their losses themselves
+        self.accelerator.backward(loss, **kwargs)
+
+    @contextlib.contextmanager
+    def _synchronized(self, model: torch.nn.Module, last_of_tick: bool) -> Iterator[None]:
+        """Only the last backward of a step exchanges gradients, and steps DeepSpeed's optimizer.
+
+        The Trainer says which tick is the step's last; within it that is the last piece of work.
+        """
+        state = self.accelerator.gradient_state
+        due = state.sync_gradients
+        if last_of_tick or not due:
+            yield
+            return
+        state._set_sync_gradients(False)
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        try:
+            with contextlib.nullcontext() if deepspeed else self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(due)
+
+    def _measure_gradient(self, model: torch.nn.Module, work: _Work) -> None:
+        """Gradient norm of the stream that just closed, before clipping.
+
+        Two streams in one step share `.grad`, so the first one's is kept aside and subtracted. On several ranks the
+        first one's is not exchanged yet, and DeepSpeed keeps no `.grad`: there only a step of one stream is measured.
+        """
+        scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            if work.closes_step and len(self.schedule.at(self.state.global_step)) == 1:
+                norm = model.get_global_grad_norm()  # type: ignore[operator]
+                if norm is not None:
+                    self.meter.grad_norm(work.stream, norm)
+        elif not work.closes_step:
+            if rank_and_world_size()[1] == 1:
+                kept = [None if p.grad is None else p.grad.clone() for p in parameters]
+                self._first_norm = (work.stream, kept)
+                self.meter.grad_norm(work.stream, _norm(kept) / scale)
+        elif self._first_norm is not None:
+            kept = self._first_norm[1]
+            rest = [p.grad if k is None or p.grad is None else p.grad - k for p, k in zip(parameters, kept)]
+            self.meter.grad_norm(work.stream, _norm(rest) / scale)
+            self._first_norm = None
+        elif len(self.schedule.at(self.state.global_step)) == 1:
+            self.meter.grad_norm(work.stream, _norm([p.grad for p in parameters]) / scale)
+
+
+def _norm(tensors: list[torch.Tensor | None]) -> torch.Tensor:
+    return torch.nn.utils.get_total_norm([tensor for tensor in tensors if tensor is not None])
