@@ -8,7 +8,8 @@ DEMO_ARGS   ?= --out demo-output --overwrite
 PYTEST_ARGS ?=
 
 BIN        := $(VENV)/bin
-INSTALL     = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+# --use-pep517: the pip of Python 3.10 would else run a setup.py without what it needs (seqeval)
+INSTALL     = $(BIN)/python -m pip install --disable-pip-version-check --use-pep517 $(PIP_ARGS) -c constraints.txt
 # What is in the environment: enough to run, enough to develop.
 RUN        := $(VENV)/.installed
 DEV        := $(VENV)/.installed-dev

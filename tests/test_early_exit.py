@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -106,15 +107,17 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count))
 
 
+def state_of(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
 @contextmanager
-def tapped(blocks: list[nn.Module]):
+def tapped(blocks: list[nn.Module]) -> Iterator[list[tuple[int, Any]]]:
     """The outputs of all blocks, in the order in which they ran, as pairs (1-based index, state)."""
     seen: list[tuple[int, Any]] = []
     hooks = [
-        b.register_forward_hook(
-            lambda _m, _a, out, i=i: seen.append((i + 1, out[0] if isinstance(out, tuple) else out))
-        )
-        for i, b in enumerate(blocks)
+        b.register_forward_hook(lambda _m, _a, out, i=i: seen.append((i, state_of(out))))
+        for i, b in enumerate(blocks, start=1)
     ]
     try:
         yield seen
@@ -306,18 +309,17 @@ def test_accelerate_autocast_is_kept_and_its_forward_comes_back():
 def test_compiled_models_do_not_miss_the_hooks(whole: bool):
     torch._dynamo.reset()
     model, plain = build("llama"), built("llama")
-    layers: Any
     if whole:
-        model: Any = torch.compile(model, backend="eager")
+        model = cast(nn.Module, torch.compile(model, backend="eager"))
     else:
         for block in blocks_of(model):
             block.compile(backend="eager")
     with torch.no_grad():
-        logits = model(**batch()).logits
-        for layers in (2, 2, 1, 2, [1, 3], [1, 3], 3):
+        sequence: list[Any] = [2, 2, 1, 1, [1, 2], [1, 2], 2]
+        for layers in sequence:
             wanted, found = hidden_at(plain, layers, **batch()), hidden_at(model, layers, **batch())
             torch.testing.assert_close(found, wanted)
-        torch.testing.assert_close(model(**batch()).logits, logits)
+        torch.testing.assert_close(model(**batch()).logits, plain(**batch()).logits)
     torch._dynamo.reset()
 
 
@@ -586,7 +588,9 @@ def test_honest_toy():
     with tapped(list(model.model.layers)) as seen:
         model(ids)
     for layer in (1, 2, 3, 4):
-        assert torch.equal(hidden_at(model, layer, input_ids=ids), seen[layer - 1][1])
+        assert torch.equal(hidden_at(model, layer, input_ids=ids, labels=ids), seen[layer - 1][1])
+    with pytest.raises(TypeError, match="input_idz"):
+        hidden_at(model, 2, input_ids=ids, input_idz=ids)
 
 
 @pytest.mark.parametrize("kind", HOSTILE, ids=lambda k: k.__name__)
@@ -644,9 +648,7 @@ def test_bad_layers(layer: Any):
 
 def test_models_that_are_not_causal_decoders():
     t5 = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0
-        )
+        T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
     )
     ambiguous = Toy(Decoder)
     ambiguous.model.others = nn.ModuleList(nn.Identity() for _ in range(4))

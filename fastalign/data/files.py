@@ -1,24 +1,33 @@
 """Rows from files: JSONL, TSV and plain text (also compressed), parquet, or a data set on a hub.
 
-`datasets` opens, decompresses and memory-maps the files; this module turns their content into dictionaries and
-says file and line where it cannot. JSONL is read as lines and parsed here, because a schema inferred from the
-first ten megabytes rejects a key that first appears later, which N-way files do all the time.
+`datasets` reads parquet and hubs. Text is split into lines and parsed here, because its readers infer a schema from the
+first megabytes, and reject a key that first appears later, as in N-way files; open compressed text in the encoding of
+the locale; serve a changed file of the same age from their cache; and cannot say which line is wrong.
 """
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import glob
+import gzip
+import io
 import json
+import lzma
+import os
+import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastalign.errors import DataError
 
 COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst", ".lz4")
 SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".tsv": "tsv", ".parquet": "parquet"}
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half a character, as JSON spells it
 Row = dict[str, Any]
 
 
@@ -34,38 +43,50 @@ class Source:
 def read_sources(spec: str | Sequence[str], key: str) -> list[Source]:
     """Read every file that `spec` (a path, a glob, a hub id, or a list of them) names; `key` is for messages.
 
+    Two aligned text files, one after the other, are one source.
+
     Raises:
-        DataError: a file is missing, of an unknown kind, not UTF-8, not parseable (with its line), or empty.
+        DataError: a file is missing, of an unknown kind, damaged, not UTF-8, not parseable (with its line), or empty.
     """
-    names = [spec] if isinstance(spec, str) else list(spec)
-    paths: list[str] = []
-    for name in names:
-        found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) and not Path(name).exists() else [name]
-        if not found:
-            raise DataError(f"{key}: no file matches {name!r}")
-        paths += found
-    aligned = _aligned_text(paths)
-    sources = [aligned] if aligned else [_read(path, key) for path in paths]
-    for source in sources:
-        if not source.rows:
-            raise DataError(f"{key}: {source.name} holds no rows")
+    paths = [path for name in ([spec] if isinstance(spec, str) else spec) for path in _paths(name, key)]
+    sources: list[Source] = []
+    while paths:
+        aligned = _aligned_text(paths[:2])
+        sources.append(aligned or _read(paths[0], key))
+        paths = paths[2 if aligned else 1 :]
+        if not sources[-1].rows:
+            raise DataError(f"{key}: {sources[-1].name} holds no rows")
     return sources
 
 
 def plain_suffix(path: str) -> str:
     """The suffix that tells the kind of file, without a compression's: ``.jsonl`` for ``x.jsonl.gz``."""
-    suffixes = Path(path).suffixes
-    if suffixes and suffixes[-1].lower() in COMPRESSIONS:
-        suffixes = suffixes[:-1]
-    return suffixes[-1].lower() if suffixes else ""
+    return _plain_path(path).suffix.lower()
+
+
+def _plain_path(path: str) -> Path:
+    plain = Path(path)
+    return plain.with_suffix("") if plain.suffix.lower() in COMPRESSIONS else plain
+
+
+def _paths(name: str, key: str) -> list[str]:
+    if not name.strip():
+        raise DataError(f"{key}: a file name is empty")
+    name = os.path.expanduser(name)
+    if not glob.has_magic(name) or os.path.exists(name):
+        return [name]
+    found = sorted(glob.glob(name, recursive=True))
+    if not found:
+        raise DataError(f"{key}: no file matches {name!r}")
+    return found
 
 
 def _read(path: str, key: str) -> Source:
-    if not Path(path).exists():
-        if plain_suffix(path) in SUFFIXES or path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if not os.path.exists(path):
+        if plain_suffix(path) in SUFFIXES or path.startswith((".", "/")) or path.count("/") != 1:
             raise DataError(f"{key}: file {path!r} does not exist")
         return _read_hub(path, key)
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         raise DataError(f"{key}: {path!r} is a folder; name its files, e.g. {path.rstrip('/')}/*.jsonl")
     kind = SUFFIXES.get(plain_suffix(path))
     if kind == "jsonl":
@@ -73,10 +94,9 @@ def _read(path: str, key: str) -> Source:
     if kind == "tsv":
         return _read_tsv(path)
     if kind == "parquet":
-        rows = _load("parquet", path)
-        return Source(path, rows.to_list(), lambda i: f"{path}, row {i + 1}")
+        return _read_parquet(path)
     raise DataError(
-        f"{key}: cannot tell what {path!r} is; known endings: {', '.join(SUFFIXES)}, each also with "
+        f"{key}: cannot tell what {path!r} is; known endings: {', '.join(SUFFIXES)}, all but parquet also with "
         f"{', '.join(COMPRESSIONS)}, or two aligned text files such as corpus.de and corpus.en"
     )
 
@@ -87,46 +107,84 @@ def _read_jsonl(path: str) -> Source:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_without_duplicates)
+            if SURROGATE.search(line):
+                json.dumps(row, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "cannot be parsed"
-            raise DataError(f"{path}, line {number}: not JSON ({reason}); each line must be one object") from None
+            raise DataError(f"{path}, line {number}: {_why_not_json(line, error)}") from None
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: must be an object such as {{...}}, not {type(row).__name__}")
+            what = "an array; write its items on lines of their own" if isinstance(row, list) else type(row).__name__
+            raise DataError(f"{path}, line {number}: must be an object such as {{...}}, not {what}")
         rows.append(row)
         numbers.append(number)
     return Source(path, rows, lambda i: f"{path}, line {numbers[i]}")
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in row if names.count(name) > 1)!r} appears twice")
+    return row
+
+
+def _why_not_json(line: str, error: Exception) -> str:
+    if isinstance(error, UnicodeEncodeError):
+        return "a text holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+    if not isinstance(error, json.JSONDecodeError):  # a key twice, a number of 5,000 digits, brackets without end
+        return str(error) if "twice" in str(error) else "not JSON that can be parsed"
+    if line.strip() in ("[", "{"):
+        return "the JSON goes on over several lines; each line must be one object (jq -c writes such lines)"
+    return f"not JSON ({error.msg.removesuffix(' at')}, column {error.colno}); each line must be one object"
+
+
 def _read_tsv(path: str) -> Source:
     """Tab-separated with a header line; no quoting, as is usual for parallel text."""
-    lines = iter(_lines(path))
+    lines = _lines(path)
     header = [name.strip() for name in next(lines, "").split("\t")]
     if len(header) < 2 or len(set(header)) < len(header) or not all(header):
         raise DataError(f"{path}, line 1: a TSV needs a header of two or more different names, e.g. de<TAB>en")
-    rows = []
+    rows, numbers = [], []
     for number, line in enumerate(lines, start=2):
+        if not line.strip():
+            continue
         cells = line.split("\t")
         if len(cells) != len(header):
             raise DataError(f"{path}, line {number}: {len(cells)} columns where the header has {len(header)}")
-        rows.append(dict(zip(header, cells)))
-    return Source(path, rows, lambda i: f"{path}, line {i + 2}")
+        rows.append(dict(zip(header, cells, strict=True)))
+        numbers.append(number)
+    return Source(path, rows, lambda i: f"{path}, line {numbers[i]}")
 
 
 def _aligned_text(paths: list[str]) -> Source | None:
     """``name.de`` and ``name.en``: line i of the one translates line i of the other; the endings are the languages."""
-    if len(paths) != 2 or not all(Path(path).is_file() for path in paths):
+    if len(paths) != 2 or not all(map(os.path.isfile, paths)):
         return None
-    endings = [plain_suffix(path) for path in paths]
-    stems = {path[: path.lower().rindex(ending)] for path, ending in zip(paths, endings)}
-    if len(stems) != 1 or endings[0] == endings[1] or not all(endings) or any(ending in SUFFIXES for ending in endings):
+    plain = [_plain_path(path) for path in paths]
+    languages = [path.suffix[1:] for path in plain]
+    if plain[0].with_suffix("") != plain[1].with_suffix("") or languages[0] == languages[1] or not all(languages):
+        return None
+    if any(path.suffix.lower() in SUFFIXES for path in plain):
         return None
     sides = [list(_lines(path)) for path in paths]
     if len(sides[0]) != len(sides[1]):
         raise DataError(f"{paths[0]} has {len(sides[0])} lines and {paths[1]} {len(sides[1])}: they must be aligned")
-    languages = [ending[1:] for ending in endings]
-    rows = [dict(zip(languages, sentences)) for sentences in zip(*sides)]
+    rows = [dict(zip(languages, sentences, strict=True)) for sentences in zip(*sides, strict=True)]
     return Source(" + ".join(paths), rows, lambda i: f"{paths[0]}, line {i + 1}")
+
+
+def _read_parquet(path: str) -> Source:
+    import datasets
+
+    rows: list[Row] = []
+    try:
+        with _quiet():
+            stream: Any = datasets.load_dataset("parquet", data_files=glob.escape(path), split="train", streaming=True)
+            for table in stream.with_format("arrow").iter(batch_size=10_000):
+                rows += table.to_pylist()
+    except (ValueError, OSError, StopIteration) as error:  # pyarrow's errors are ValueErrors
+        raise DataError(f"{path} cannot be read as parquet: {str(error)[:200]}") from None
+    return Source(path, rows, lambda i: f"{path}, row {i + 1}")
 
 
 def _read_hub(name: str, key: str) -> Source:
@@ -144,25 +202,39 @@ def _read_hub(name: str, key: str) -> Source:
 
 
 def _lines(path: str) -> Iterator[str]:
-    for row in _load("text", path, encoding="utf-8"):
-        yield row["text"]
-
-
-def _load(builder: str, path: str, **options: Any) -> Any:
-    """A memory-mapped `datasets.Dataset` of one local file."""
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
-
-    if Path(path).stat().st_size == 0:
-        raise DataError(f"{path} is empty")
+    """The lines of a file of UTF-8, perhaps compressed. Only a newline ends one, not U+2028 and the like."""
+    number = 0
     try:
-        with _quiet():
-            return datasets.load_dataset(builder, data_files=glob.escape(path), split="train", **options)
-    except (DatasetGenerationError, StopIteration, EOFError, OSError, ValueError) as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, UnicodeDecodeError):
-            raise DataError(f"{path} is not UTF-8 ({cause.reason} at byte {cause.start} of a block)") from None
-        raise DataError(f"{path} cannot be read as {builder}: {type(cause).__name__}: {str(cause)[:200]}") from None
+        with _open(path) as file:
+            for number, line in enumerate(file, start=1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield text.removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        hint = next((hint for magic, hint in MAGIC.items() if number == 1 and error.object.startswith(magic)), "")
+        raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}){hint}") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{path}, line {number + 1}: cannot be read, perhaps damaged or cut off ({reason})") from None
+
+
+MAGIC = {
+    b"\xff\xfe": "; it looks like UTF-16: save it as UTF-8",
+    b"\xfe\xff": "; it looks like UTF-16: save it as UTF-8",
+    b"\x1f\x8b": "; it looks compressed: let its name end in .gz",
+    b"\xfd7zXZ": "; it looks compressed: let its name end in .xz",
+    b"\x28\xb5\x2f\xfd": "; it looks compressed: let its name end in .zst",
+}
+
+
+def _open(path: str) -> BinaryIO:
+    ending = Path(path).suffix.lower()
+    if ending in OPENERS:
+        return OPENERS[ending](path, "rb")
+    if ending in COMPRESSIONS:  # the others come with datasets
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(path, compression={".zst": "zstd", ".lz4": "lz4"}[ending]))
+    return open(path, "rb")
 
 
 @contextlib.contextmanager

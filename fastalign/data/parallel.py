@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastalign.data.files import Row, Source, read_sources
 from fastalign.errors import DataError
@@ -13,8 +13,8 @@ from fastalign.errors import DataError
 UNKNOWN = "und"  # ISO 639: undetermined
 LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]{1,8})*")
 KNOWN_KINDS = (
-    "{lang, en, text}; {source, target, source_lang, target_lang}; {text_parallel_0, text_parallel_1}; "
-    "or one key a language such as {de, en, fr}"
+    "{lang, en, text}; {source, target, source_lang, target_lang}; {text_parallel_0, text_parallel_1}; or one key a "
+    "language such as {de, en, fr}, where keys that begin with _ are metadata"
 )
 
 
@@ -30,7 +30,7 @@ class Pair:
 
     @property
     def direction(self) -> str:
-        """The key of results: the other language where one side is English, else ``source-target``."""
+        """The key of results: the source language where the target is English, else ``source-target``."""
         if is_english(self.target_lang):
             return self.source_lang
         return f"{self.source_lang}-{self.target_lang}"
@@ -38,7 +38,7 @@ class Pair:
 
 def is_english(language: str) -> bool:
     """Whether a language code is English, in any variety."""
-    return re.split("[-_]", language)[0] in ("en", "eng")
+    return re.split("[-_]", language.lower())[0] in ("en", "eng")
 
 
 def read_pairs(spec: str | Sequence[str], pairs: str | list[list[str]], key: str) -> list[Pair]:
@@ -46,65 +46,86 @@ def read_pairs(spec: str | Sequence[str], pairs: str | list[list[str]], key: str
 
     Args:
         spec: path(s) or a hub id.
-        pairs: ``to_english``, or ``[[source, target], ...]``.
+        pairs: ``to_english``; ``[[source, target], ...]``; or ``as_written``, which keeps the direction of rows that
+            have one, {source, target} and {text_parallel_0, text_parallel_1}, and is ``to_english`` for the others.
         key: name of the setting, for messages.
 
     Raises:
-        DataError: unreadable files, rows of an unknown kind, a language that is not there, no usable pair.
+        DataError: unreadable files, rows of an unknown kind, a language or a pair that is not there, no usable pair.
     """
     sentences: list[tuple[str, str, str, str]] = []  # source, target, source_lang, target_lang
     rows: list[int] = []  # which row a pair comes from
-    seen: Counter[str] = Counter()
+    seen: set[str] = set()
     row_number = 0
     for source in read_sources(spec, key):
         for i, row in enumerate(source.rows):
-            texts = _sentences(row, source, i)
-            seen.update(language for language, _ in texts)
-            for pair in _wanted(texts, pairs):
+            texts, directed = _sentences(row, source, i)
+            seen.update(language for language, text in texts if text)
+            for pair in _wanted(texts, directed, pairs):
                 sentences.append(pair)
                 rows.append(row_number)
             row_number += 1
-    if pairs != "to_english":
-        for wanted in pairs:
-            for language in wanted:
+    there = ", ".join(sorted(seen)) or "none"
+    if not isinstance(pairs, str):
+        found = {(pair[2], pair[3]) for pair in sentences}
+        for source_lang, target_lang in pairs:
+            for language in (source_lang, target_lang):
                 if language not in seen:
-                    raise DataError(
-                        f"alignment.pairs: language {language!r} is not in {key}; there: {', '.join(sorted(seen))}"
-                    )
+                    raise DataError(f"alignment.pairs: language {language!r} is not in {key}; there: {there}")
+            if (source_lang, target_lang) not in found:
+                raise DataError(f"alignment.pairs: no row of {key} has both {source_lang!r} and {target_lang!r}")
     if not sentences:
-        hint = "" if pairs != "to_english" or any(map(is_english, seen)) else "; there is no English, so set alignment.pairs"
-        raise DataError(f"{key}: no pair of non-empty sentences{hint} (languages: {', '.join(sorted(seen)) or 'none'})")
+        english = not isinstance(pairs, str) or any(map(is_english, seen)) or not seen
+        hint = "" if english else "; there is no English, so name the languages, e.g. alignment.pairs: [[de, fr]]"
+        raise DataError(f"{key}: no pair of non-empty sentences{hint} (languages: {there})")
     meanings = meaning_ids(rows, sentences)
-    return [Pair(*sentence, meaning) for sentence, meaning in zip(sentences, meanings)]
+    return [Pair(*sentence, meaning) for sentence, meaning in zip(sentences, meanings, strict=True)]
 
 
-def _sentences(row: Row, source: Source, i: int) -> list[tuple[str, str]]:
-    """(language, sentence) of everything in a row that is a translation of everything else in it.
+def _sentences(row: Row, source: Source, i: int) -> tuple[list[tuple[str, str]], bool]:
+    """(language, sentence) of all that is a translation of each other in a row, and whether a pair's order counts.
 
     The kind of a row is decided on its full set of keys: `id` is Indonesian in an N-way row and a name in a pair.
+    A missing sentence is an empty one.
     """
     keys = row.keys()
+    texts: list[tuple[Any, Any]]
+    directed = False
     if {"lang", "en", "text"} <= keys:
         texts = [(row["lang"], row["text"]), ("en", row["en"])]
     elif {"source", "target"} <= keys:
-        texts = [(row.get("source_lang") or UNKNOWN, row["source"]), (row.get("target_lang") or UNKNOWN, row["target"])]
+        directed = True
+        texts = [(row.get(f"{side}_lang"), row[side]) for side in ("source", "target")]
+        if not all(language for language, _ in texts):
+            raise DataError(f"{source.where(i)}: a row with source and target needs source_lang and target_lang")
     elif {"text_parallel_0", "text_parallel_1"} <= keys:
+        directed = True
         texts = [(row.get("lang") or UNKNOWN, row["text_parallel_0"]), ("en", row["text_parallel_1"])]
     else:
         texts = [(language, text) for language, text in row.items() if not language.startswith("_")]
-        odd = [language for language, _ in texts if not LANGUAGE.fullmatch(language)]
-        if odd or len(texts) < 2:
-            raise DataError(f"{source.where(i)}: found keys {', '.join(map(str, keys))}; known kinds: {KNOWN_KINDS}")
+        if not texts or not all(LANGUAGE.fullmatch(language) for language, _ in texts):
+            raise DataError(f"{source.where(i)}: found keys {', '.join(keys) or 'none'}; known kinds: {KNOWN_KINDS}")
     for language, text in texts:
-        if not isinstance(language, str) or not (text is None or isinstance(text, str)):
-            raise DataError(f"{source.where(i)}: the {language} sentence must be text, not {text!r:.60}")
-    return [(language, text.strip()) for language, text in texts if text and text.strip()]
+        if not isinstance(language, str):
+            raise DataError(f"{source.where(i)}: a language must be text such as de, not {language!r:.60}")
+        if not (text is None or isinstance(text, str)):
+            raise DataError(
+                f"{source.where(i)}: the {language!r} sentence must be text, not {text!r:.60} "
+                "(keys of metadata begin with _)"
+            )
+    return [(language, (text or "").strip()) for language, text in texts], directed
 
 
 def _wanted(
-    texts: list[tuple[str, str]], pairs: str | list[list[str]]
+    texts: list[tuple[str, str]], directed: bool, pairs: str | list[list[str]]
 ) -> Iterable[tuple[str, str, str, str]]:
-    if pairs == "to_english":
+    if pairs == "as_written" and directed:
+        (source_lang, source), (target_lang, target) = texts
+        if source and target:
+            yield source, target, source_lang, target_lang
+        return
+    texts = [(language, text) for language, text in texts if text]
+    if isinstance(pairs, str):
         english = next(((language, text) for language, text in texts if is_english(language)), None)
         if english is not None:
             for language, text in texts:
@@ -133,7 +154,7 @@ def meaning_ids(rows: Sequence[int], sentences: Sequence[tuple[str, ...]]) -> li
             node = parent[node]
         return node
 
-    for row, sentence in zip(rows, sentences):
+    for row, sentence in zip(rows, sentences, strict=True):
         for side in sentence[:2]:
             parent[root(side)] = root(row)
     numbers: dict[int | str, int] = {}

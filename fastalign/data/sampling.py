@@ -17,11 +17,13 @@ from typing import Literal
 
 import numpy as np
 
+from fastalign.errors import DataError
+
 
 def stable_hash(*parts: object) -> int:
     """A 64-bit hash that is the same on every machine and in every process."""
     text = "\x1f".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
 
 
 def held_out(key: str, share: float) -> bool:
@@ -39,6 +41,8 @@ class Sampler:
     """
 
     def __init__(self, languages: Sequence[str], temperature: float | Literal["uniform"], seed: int, name: str):
+        if not languages:
+            raise DataError(f"{name}: there are no rows to draw from")
         groups: dict[str, list[int]] = defaultdict(list)
         for i, language in enumerate(languages):
             groups[language].append(i)
@@ -48,7 +52,7 @@ class Sampler:
         exponent = 0.0 if temperature == "uniform" else 1.0 / temperature
         self.quotas = _quotas([len(rows) for rows in self._rows], exponent)
         self._epoch = lru_cache(maxsize=2)(self._build_epoch)
-        self._pass = lru_cache(maxsize=2 * len(self.names) + 2)(self._build_pass)
+        self._block = lru_cache(maxsize=2 * len(self.names))(self._build_block)
 
     def __len__(self) -> int:
         """Positions in an epoch: the number of rows."""
@@ -69,17 +73,25 @@ class Sampler:
         self._generator("epoch", epoch).shuffle(order)
         rows = np.empty(self._size, dtype=np.int64)
         for group, quota in enumerate(self.quotas):
-            size = len(self._rows[group])
-            positions = np.arange(epoch * quota, (epoch + 1) * quota)
-            picked = np.empty(quota, dtype=np.int64)
-            for number in range(positions[0] // size, positions[-1] // size + 1):
-                inside = positions // size == number
-                picked[inside] = self._pass(group, number)[positions[inside] % size]
-            rows[order == group] = picked
+            rows[order == group] = self._language_rows(group, epoch * quota, (epoch + 1) * quota)
         return rows
 
-    def _build_pass(self, group: int, number: int) -> np.ndarray:
-        return self._generator("pass", self.names[group], number).permutation(self._rows[group])
+    def _language_rows(self, group: int, start: int, stop: int) -> np.ndarray:
+        """Rows of one language at its own positions [start, stop)."""
+        size = len(self._rows[group]) * self._passes_per_block(group)
+        parts = []
+        for number in range(start // size, -(-stop // size)):
+            first = number * size
+            parts.append(self._block(group, number)[max(start - first, 0) : stop - first])
+        return np.concatenate(parts)
+
+    def _passes_per_block(self, group: int) -> int:
+        """Passes that are shuffled at once: of a language with three rows there may be thousands in an epoch."""
+        return max(1, 1024 // len(self._rows[group]))
+
+    def _build_block(self, group: int, number: int) -> np.ndarray:
+        passes = np.tile(self._rows[group], (self._passes_per_block(group), 1))
+        return self._generator("pass", self.names[group], number).permuted(passes, axis=1).ravel()
 
     def _generator(self, *parts: object) -> np.random.Generator:
         return np.random.default_rng(stable_hash(self._seed, self._name, *parts))
@@ -87,14 +99,14 @@ class Sampler:
 
 def _quotas(sizes: list[int], exponent: float) -> list[int]:
     """Positions per epoch of each group: proportional to size ** exponent, at least 1, adding up to sum(sizes)."""
-    if exponent == 1.0:
-        return list(sizes)
     total = sum(sizes)
     weights = [math.exp(exponent * (math.log(size) - math.log(max(sizes)))) for size in sizes]
-    spare = total - len(sizes)  # every group has one position for certain
-    shares = [spare * weight / sum(weights) for weight in weights]
-    quotas = [1 + int(share) for share in shares]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: (int(shares[i]) - shares[i], i))
-    for i in by_remainder[: total - sum(quotas)]:
-        quotas[i] += 1
+    shares = [total * weight / sum(weights) for weight in weights]
+    quotas = [max(1, int(share)) for share in shares]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (quotas[i] - shares[i], i))
+    while (missing := total - sum(quotas)) > 0:
+        for i in by_remainder[:missing]:
+            quotas[i] += 1
+    for _ in range(-missing):  # the small ones took more than their share
+        quotas[max(range(len(sizes)), key=lambda i: quotas[i])] -= 1
     return quotas

@@ -2,7 +2,19 @@
 
 A template is a system message, a prompt and a response with ``{fields}``, and a function that computes the fields
 of a row. The three texts can each be replaced from the config; braces that enclose anything but a single word
-(JSON in a prompt) are left alone. To add a template, write its fields function and add it to `TEMPLATES`.
+(JSON in a prompt) are left alone, and what a field holds is never searched for further fields. To add a template,
+write its fields function and add it to `TEMPLATES`.
+
+=========== ============================================ ======================================================
+template    rows                                         answer
+=========== ============================================ ======================================================
+chat        {prompt, response}, {messages}               the response, or every turn of the assistant
+            {prefix, text}                               the text; both hold the chat's markup already
+custom      any columns, {word} names one                as `task.response` says
+slots       {lang, tokens, slots, intent}, BIO tags      ``intent: alarm/set; datetime: at nine; ...`` or ``None``
+ner         {lang, tokens, tags}, BIO tags               ``{"Results": [{"type": "PER", "text": "..."}, ...]}``
+translation every kind of sentence pair or N-way row     the target; N-way and {lang, en, text} rows: the English
+=========== ============================================ ======================================================
 """
 
 from __future__ import annotations
@@ -14,11 +26,33 @@ from dataclasses import dataclass, replace
 
 from fastalign.config import TaskConfig
 from fastalign.data.files import Row, Source, read_sources
-from fastalign.data.parallel import Pair, read_pairs
+from fastalign.data.parallel import Pair, is_english, read_pairs
 from fastalign.errors import ConfigError, DataError
 
 Message = dict[str, str]
-NO_SPACES = ("zh", "ja", "th", "lo", "km", "my", "bo", "yue", "wuu")  # scripts written without spaces between words
+FIELD = re.compile(r"\{(\w+)\}")
+TAG = re.compile(r"O|[BI]-.+")
+NO_SPACES = {  # languages written without spaces between words, also by their codes of three letters
+    *(
+        "zh",
+        "ja",
+        "th",
+        "lo",
+        "km",
+        "my",
+        "bo",
+        "zho",
+        "cmn",
+        "yue",
+        "wuu",
+        "jpn",
+        "tha",
+        "lao",
+        "khm",
+        "mya",
+        "bod",
+    ),
+}
 
 LANGUAGE_NAMES = {
     "af": "Afrikaans", "am": "Amharic", "ar": "Arabic", "az": "Azerbaijani", "be": "Belarusian", "bg": "Bulgarian",
@@ -40,10 +74,17 @@ LANGUAGE_NAMES = {
 
 @dataclass(frozen=True)
 class TaskExample:
-    """Messages that end with the assistant's answer, and the language of the row."""
+    """Messages that end with the assistant's answer, and the language of the row.
+
+    Attributes:
+        raw: two messages whose texts hold the chat's markup already: they are joined as they are.
+        where: the row's file and line, for messages.
+    """
 
     messages: list[Message]
     language: str
+    raw: bool = False
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,14 +121,15 @@ class TaskReader:
             ConfigError: a text of the user's names a field that does not exist.
         """
         if self.config.template == "translation":
-            pairs = read_pairs(spec, "to_english", key)
-            examples = [_render(self.template, _translation_fields(pair), pair.source_lang) for pair in pairs]
+            pairs = read_pairs(spec, "as_written", key)
+            examples = [_translation(self.template, pair, key) for pair in pairs]
         else:
             sources = read_sources(spec, key)
+            tags = {tag for source in sources for tag in _checked_tags(source, self.template)}
             if self.types is None:
-                self.types = sorted({kind for source in sources for kind in _types(source, self.template.labels)})
+                self.types = sorted({tag[2:] for tag in tags if tag != "O"})
             examples = [
-                _example(self.template, row, self.types, source, i)
+                _example(self.template, row, self.types, source.where(i))
                 for source in sources
                 for i, row in enumerate(source.rows)
             ]
@@ -118,7 +160,9 @@ def join_tokens(tokens: Sequence[str], language: str) -> str:
         return " ".join(tokens)
     text = ""
     for token in tokens:
-        apart = text and token and text[-1].isascii() and token[0].isascii() and text[-1].isalnum() and token[0].isalnum()
+        apart = (
+            text and token and text[-1].isascii() and token[0].isascii() and text[-1].isalnum() and token[0].isalnum()
+        )
         text += f" {token}" if apart else token
     return text
 
@@ -127,7 +171,11 @@ def _slot_fields(row: Row, types: Sequence[str]) -> dict[str, str]:
     tokens, language = row["tokens"], row["lang"]
     items = [f"intent: {row['intent']}"] if row.get("intent") else []
     items += [f"{kind}: {join_tokens(tokens[a:b], language)}" for kind, a, b in bio_spans(row["slots"])]
-    return {"text": join_tokens(tokens, language), "types": ", ".join(types), "answer": "; ".join(items) or "None"}
+    return {
+        "text": join_tokens(tokens, language),
+        "types": ", ".join(types),
+        "answer": "; ".join(items) or "None",
+    }
 
 
 def _ner_fields(row: Row, types: Sequence[str]) -> dict[str, str]:
@@ -137,16 +185,18 @@ def _ner_fields(row: Row, types: Sequence[str]) -> dict[str, str]:
     return {"text": join_tokens(tokens, language), "types": ", ".join(types), "answer": answer}
 
 
-def _translation_fields(pair: Pair) -> dict[str, str]:
+def _translation(template: Template, pair: Pair, where: str) -> TaskExample:
     def name(code: str) -> str:
         return LANGUAGE_NAMES.get(code) or LANGUAGE_NAMES.get(re.split("[-_]", code)[0], code)
 
-    return {
+    fields = {
         "text": pair.source,
         "source_language": name(pair.source_lang),
         "target_language": name(pair.target_lang),
         "answer": pair.target,
     }
+    other = pair.target_lang if is_english(pair.source_lang) else pair.source_lang
+    return _render(template, fields, other, where)
 
 
 TEMPLATES: dict[str, Template] = {
@@ -176,72 +226,100 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-def _types(source: Source, column: str | None) -> Iterable[str]:
-    if column is not None:
-        for row in source.rows:
-            for tag in row.get(column) or ():
-                if isinstance(tag, str) and tag[:2] in ("B-", "I-"):
-                    yield tag[2:]
+def _checked_tags(source: Source, template: Template) -> Iterable[str]:
+    """All tags of a file whose rows are in order; none where the template needs none."""
+    if template.labels is not None:
+        for i, row in enumerate(source.rows):
+            yield from _checked_row(template, template.labels, row, source.where(i))
 
 
-def _example(template: Template, row: Row, types: Sequence[str], source: Source, i: int) -> TaskExample:
+def _checked_row(template: Template, labels: str, row: Row, where: str) -> list[str]:
     missing = template.columns - row.keys()
     if missing:
         raise DataError(
-            f"{source.where(i)}: no {', '.join(sorted(missing))}; found {', '.join(row)}; this template needs "
+            f"{where}: no {', '.join(sorted(missing))}; found {', '.join(row)}; this template needs "
             f"{', '.join(sorted(template.columns))} (see task.template)"
         )
-    language = row.get("lang") or row.get("language") or "und"
-    if template.labels is not None:
-        tokens, tags = row["tokens"], row[template.labels]
-        for name, value in (("tokens", tokens), (template.labels, tags)):
-            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise DataError(f"{source.where(i)}: {name} must be a list of text, not {value!r:.60}")
-        if len(tokens) != len(tags) or not tokens:
-            raise DataError(f"{source.where(i)}: {len(tokens)} tokens but {len(tags)} {template.labels}")
+    tokens, tags = row["tokens"], row[labels]
+    for name, value in (("tokens", tokens), (labels, tags)):
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise DataError(f"{where}: {name} must be a list of text, not {value!r:.60}")
+    if not any(map(str.strip, tokens)):
+        raise DataError(f"{where}: there is no text in the tokens")
+    if len(tokens) != len(tags):
+        raise DataError(f"{where}: {len(tokens)} tokens but {len(tags)} {labels}")
+    odd = next((tag for tag in tags if not TAG.fullmatch(tag)), None)
+    if odd is not None:
+        raise DataError(f"{where}: {odd!r} is not a BIO tag; these are O, B-<type> and I-<type>")
+    if not isinstance(row.get("intent", ""), (str, type(None))):
+        raise DataError(f"{where}: intent must be text, not {row['intent']!r:.60}")
+    return tags
+
+
+def _example(template: Template, row: Row, types: Sequence[str], where: str) -> TaskExample:
+    language = next((row[name] for name in ("lang", "language") if row.get(name) is not None), "und")
+    if not isinstance(language, str) or not language:
+        raise DataError(f"{where}: the language must be text such as de, not {language!r:.60}")
     if template.fields is not None:
-        return _render(template, {**row, **template.fields(row, types)}, language)
+        return _render(template, {**row, **template.fields({**row, "lang": language}, types)}, language, where)
     if template.prompt:
-        return _render(template, row, language)
-    return TaskExample(_chat_messages(row, template.system, source, i), language)
+        return _render(template, row, language, where)
+    messages, raw = _conversation(row, where)
+    if template.system and not raw and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": template.system}, *messages]
+    return TaskExample(messages, language, raw, where)
 
 
-def _chat_messages(row: Row, system: str, source: Source, i: int) -> list[Message]:
-    """Rows that are conversations already. `messages` wins over prompt/response, those over prefix/text."""
-    if isinstance(row.get("messages"), list):
-        messages = row["messages"]
-        for message in messages:
-            good = isinstance(message, dict) and isinstance(message.get("role"), str)
-            if not good or not isinstance(message.get("content"), str):
-                raise DataError(f"{source.where(i)}: every message needs a role and a content, both text")
-        if not messages or messages[-1]["role"] != "assistant":
-            raise DataError(f"{source.where(i)}: the last message must be the assistant's, the answer to learn")
-        messages = [{"role": message["role"], "content": message["content"]} for message in messages]
-    else:
-        for question, answer in (("prompt", "response"), ("prefix", "text")):
-            if isinstance(row.get(question), str) and isinstance(row.get(answer), str):
-                messages = [{"role": "user", "content": row[question]}, {"role": "assistant", "content": row[answer]}]
-                break
-        else:
-            raise DataError(
-                f"{source.where(i)}: found {', '.join(row)}; known kinds: prompt + response, messages, prefix + text; "
-                "for tokens with slots or tags set task.template: slots or ner"
-            )
+def _conversation(row: Row, where: str) -> tuple[list[Message], bool]:
+    """Messages of rows that are conversations already, and whether their texts hold the markup already.
+
+    `messages` wins over prompt and response, those over prefix and text.
+    """
+    if row.get("messages") is not None:
+        return _messages(row["messages"], where), False
+    for question, answer in (("prompt", "response"), ("prefix", "text")):
+        if question in row and answer in row and (row[question], row[answer]) != (None, None):
+            for name in (question, answer):
+                if not isinstance(row[name], str):
+                    raise DataError(f"{where}: {name} must be text, not {row[name]!r:.60}")
+            if not row[answer].strip():
+                raise DataError(f"{where}: the answer ({answer}) is empty")
+            messages = [
+                {"role": "user", "content": row[question]},
+                {"role": "assistant", "content": row[answer]},
+            ]
+            return messages, question == "prefix"
+    raise DataError(
+        f"{where}: found {', '.join(row) or 'no keys'}; known kinds: prompt + response, messages, prefix + text; "
+        "for tokens with slots or tags set task.template: slots or ner"
+    )
+
+
+def _messages(messages: object, where: str) -> list[Message]:
+    if not isinstance(messages, list):
+        raise DataError(f"{where}: messages must be a list, not {messages!r:.60}")
+    for message in messages:
+        good = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not good or not isinstance(message.get("content"), str):
+            raise DataError(f"{where}: every message needs a role and a content, both text")
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise DataError(f"{where}: an answer of the assistant is empty")
+    if len(messages) < 2 or messages[-1]["role"] != "assistant" or messages[0]["role"] == "assistant":
+        raise DataError(f"{where}: messages must begin with a prompt and end with the assistant's answer to learn")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _render(template: Template, fields: Row, language: str, where: str) -> TaskExample:
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in fields:
+            raise ConfigError(f"task template: no field {{{name}}} in {where}; there are: {', '.join(fields)}")
+        if not isinstance(fields[name], (str, int, float)):
+            raise DataError(f"{where}: the field {{{name}}} must be text or a number, not {fields[name]!r:.60}")
+        return str(fields[name])
+
+    texts = (("system", template.system), ("user", template.prompt), ("assistant", template.response))
+    messages = [{"role": role, "content": FIELD.sub(value, text)} for role, text in texts]
     if not messages[-1]["content"].strip():
-        raise DataError(f"{source.where(i)}: the answer is empty")
-    return [{"role": "system", "content": system}, *messages] if system else messages
-
-
-def _render(template: Template, fields: Row, language: str) -> TaskExample:
-    def fill(text: str) -> str:
-        def value(match: re.Match[str]) -> str:
-            if match[1] not in fields:
-                raise ConfigError(f"task template: no field {{{match[1]}}}; there are: {', '.join(map(str, fields))}")
-            return str(fields[match[1]])
-
-        return re.sub(r"\{(\w+)\}", value, text)
-
-    messages = [{"role": "user", "content": fill(template.prompt)}, {"role": "assistant", "content": fill(template.response)}]
-    if template.system:
-        messages.insert(0, {"role": "system", "content": fill(template.system)})
-    return TaskExample(messages, language)
+        raise DataError(f"{where}: the answer is empty")
+    return TaskExample(messages if template.system else messages[1:], language, where=where)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
@@ -16,11 +16,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100  # label of a token that is not learnt
+SENTINEL = "TheAnswerOfTheAssistant"  # shows what a chat template writes after an answer
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer puts its beginning-of-sequence token before every text."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+@dataclass
+class _Segment:
+    """A piece of a conversation, given to the assistant or `learnt`: its answer and the token that ends it."""
+
+    text: str
+    learnt: bool = False
+    end: str | None = None  # appended to the text; None: the text ends by itself
 
 
 @dataclass
@@ -29,12 +39,14 @@ class PromptTokenizer:
 
     Prompt and answer are tokenized apart and their ids joined. The prompt's ids are therefore those that a user's
     program has when it asks for the answer, whatever a tokenizer would merge across the boundary, and exactly the
-    answer's tokens carry labels. The answer ends with the token that ends a turn in the chat template, or with EOS.
+    answer's tokens carry labels. The answer ends with the token that ends a turn in the chat template, or with EOS
+    where that writes none. All turns of the assistant are learnt. The exception are chat templates that write a
+    turn differently once it is history (Qwen3's drops the thinking): there it is the last turn only.
 
     Args:
         tokenizer: of the base model.
         chat_template: ``auto`` (the tokenizer's own, plain text where it has none), ``none``, or a jinja file.
-        max_length: longer rows lose the beginning of their prompt, then the end of their answer.
+        max_length: longer rows lose what comes first, up to the last answer, then the end of that.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -44,7 +56,9 @@ class PromptTokenizer:
     def __post_init__(self) -> None:
         self.truncated = 0  # rows cut so far
         added = self.tokenizer.added_tokens_decoder
-        self._specials = {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        self._added = {token.content: i for i, token in added.items()}
+        self._specials = {*self.tokenizer.all_special_tokens, *(t.content for t in added.values() if t.special)}
+        self._prepends_space = self._encode(":a") != self._encode(":") + self._encode("a")
         self._template: str | None = None
         if self.chat_template not in ("auto", "none"):
             try:
@@ -54,83 +68,182 @@ class PromptTokenizer:
         self._chat = self._template is not None or (self.chat_template == "auto" and bool(self.tokenizer.chat_template))
 
     def __call__(self, example: TaskExample) -> tuple[list[int], list[int]]:
-        """(input_ids, labels) of one example, equally long; labels are `IGNORE_INDEX` outside the answers."""
-        input_ids: list[int] = []
-        labels: list[int] = []
-        segments = self._segments(example.messages)
-        for i, (text, is_answer) in enumerate(segments):
-            special = not self._chat and i == 0  # a chat template writes its own special tokens
-            ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
-            if special and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-                ids = ids[:-1]  # some tokenizers end every text
-            learnt = 0
-            if is_answer:
-                ids, learnt = self._end(ids)
-                if i == len(segments) - 1:
-                    ids = ids[:learnt]
-            input_ids += ids
-            labels += ids[:learnt] + [IGNORE_INDEX] * (len(ids) - learnt)
-        return self._cut(input_ids, labels)
+        """(input_ids, labels) of one example, equally long; labels are `IGNORE_INDEX` outside the answers.
+
+        Raises:
+            DataError: the chat template does not take these messages.
+        """
+        if example.raw:
+            prompt, answer = (message["content"] for message in example.messages)
+            if answer.rstrip().endswith((*self._specials,)):  # it brings its end
+                segments = [_Segment(prompt), _Segment(answer.rstrip(), True)]
+            else:
+                segments = [_Segment(prompt), _Segment(answer, True, self._eos)]
+        elif self._chat:
+            try:
+                segments = self._chat_segments(example.messages)
+            except DataError as error:
+                raise DataError(f"{example.where}: {error}" if example.where else str(error)) from None
+        else:
+            segments = self._plain_segments(example.messages)
+        return self._cut(*self._join(segments, special=example.raw or not self._chat))
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a prompt without its answer, as `__call__` gives them: what to generate from."""
-        input_ids, labels = self(TaskExample([*messages, {"role": "assistant", "content": "."}], "und"))
-        return input_ids[: next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)]
+        """Token ids from which to generate the next answer: those of the prompt's text, as in `__call__`.
 
-    def _segments(self, messages: list[Message]) -> list[tuple[str, bool]]:
-        """The conversation as text, cut where the assistant begins and ends."""
-        if not self._chat:
-            prompt = "\n\n".join(message["content"] for message in messages[:-1])
-            return [(prompt + "\n", False), (messages[-1]["content"], True)]
-        segments: list[tuple[str, bool]] = []
+        A prompt of more than `max_length` loses its beginning.
+        """
+        if self._chat:
+            segments = [_Segment(self._apply(list(messages), generate=True))]
+        else:
+            segments = self._plain_segments(messages)
+        ids, _ = self._join(segments, special=not self._chat)
+        keep = 1 if ids[:1] == [self.tokenizer.bos_token_id] else 0
+        return ids[:keep] + ids[max(keep, keep + len(ids) - self.max_length) :]
+
+    def check(self, examples: Iterable[TaskExample]) -> None:
+        """Tokenize one example of every sequence of roles, so that a chat template refuses before the training."""
+        seen: set[tuple[object, ...]] = set()
+        for example in examples:
+            kind = (example.raw, *(message["role"] for message in example.messages))
+            if kind not in seen:
+                seen.add(kind)
+                self(example)
+        self.truncated = 0
+
+    @property
+    def _eos(self) -> str | None:
+        return cast("str | None", self.tokenizer.eos_token)
+
+    def _plain_segments(self, messages: Sequence[Message]) -> list[_Segment]:
+        """Without a chat template: texts with an empty line between them, and an answer on a line of its own."""
+        segments: list[_Segment] = []
+        texts: list[str] = []
+        for message in messages:
+            if message["role"] == "assistant":
+                segments += [_Segment(_paragraphs(texts, segments)), _Segment(message["content"], True, self._eos)]
+                texts = []
+            else:
+                texts.append(message["content"])
+        return [*segments, _Segment(_paragraphs(texts, segments))] if texts else segments
+
+    def _chat_segments(self, messages: list[Message]) -> list[_Segment]:
+        """The conversation as the chat template writes it, cut where the assistant begins and ends."""
+        segments: list[_Segment] = []
         done = ""
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._apply(messages[:i], generate=True)
-            full = self._apply(messages[: i + 1], generate=False)
-            if not full.startswith(prompt):  # the template writes past turns otherwise than the present one
-                full = prompt + message["content"]
-            if not prompt.startswith(done):  # it also rewrites the history: learn this turn only
-                segments, done = [], ""
-            segments += [(prompt[len(done) :], False), (full[len(prompt) :], True)]
-            done = full
+            if message["role"] == "assistant":
+                prompt = self._apply(messages[:i], generate=True)
+                answer, end = self._answer(messages[: i + 1], prompt)
+                if not prompt.startswith(done):  # it rewrites the history: learn this turn only
+                    segments, done = [], ""
+                segments += [_Segment(prompt[len(done) :]), _Segment(answer, True, end or self._eos)]
+                done = prompt + answer + (end or "")
         return segments
 
+    def _answer(self, messages: list[Message], prompt: str) -> tuple[str, str | None]:
+        """What the assistant has to write after `prompt`, and the token in the chat template that ends it."""
+        content = messages[-1]["content"]
+        full = self._apply(messages, generate=False)
+        marked = self._apply([*messages[:-1], {**messages[-1], "content": SENTINEL}], generate=False)
+        after = marked.rpartition(SENTINEL)[2] if SENTINEL in marked else ""
+        if full.startswith(prompt) and full.endswith(after):
+            answer = full[len(prompt) : len(full) - len(after)]
+        else:  # an answer that is not the continuation of the prompt, e.g. because the prompt opens a thought
+            answer = content
+        places = [(token not in self._specials, after.find(token), -len(token), token) for token in self._added]
+        places = [place for place in places if place[1] >= 0]
+        if not places:
+            return answer, None
+        _, place, _, token = min(places)
+        return answer + after[:place], token
+
     def _apply(self, messages: list[Message], generate: bool) -> str:
+        from jinja2 import TemplateSyntaxError
+
+        system = messages[0]["content"].strip() if len(messages) > 1 and messages[0]["role"] == "system" else None
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generate, chat_template=self._template
             )
-        except Exception as error:  # jinja's own errors, and whatever a template raises
-            if messages and messages[0]["role"] == "system" and len(messages) > 1:  # many templates know no system role
-                first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-                return self._apply([first, *messages[2:]], generate)
-            roles = ", ".join(message["role"] for message in messages)
-            raise DataError(f"the chat template does not take messages with the roles {roles}: {error}") from None
+            if system is None or system in cast(str, text):
+                return cast(str, text)
+        except TemplateSyntaxError as error:
+            raise ConfigError(f"task.chat_template: not a jinja template ({error}, line {error.lineno})") from None
+        except Exception as error:  # whatever a template raises
+            if system is None:
+                roles = ", ".join(message["role"] for message in messages)
+                raise DataError(f"the chat template does not take messages with the roles {roles}: {error}") from None
+        # Many chat templates know no system message: they raise, or leave it out without a word.
+        first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+        return self._apply([first, *messages[2:]], generate)
 
-    def _end(self, ids: list[int]) -> tuple[list[int], int]:
-        """The answer's ids and how many of them are learnt: up to the token that ends the turn, EOS if there is none."""
-        if self._chat:
-            end = len(ids)
-            while end and ids[end - 1] not in self._specials:
-                end -= 1
-            if end and not self.tokenizer.decode(ids[end:]).strip():  # after it the template writes white space at most
-                return ids, end
-        if self.tokenizer.eos_token_id is not None:
-            ids = [*ids, self.tokenizer.eos_token_id]
-        return ids, len(ids)
+    def _join(self, segments: list[_Segment], special: bool) -> tuple[list[int], list[int]]:
+        """Token ids and labels; `special`: the tokenizer's own special tokens begin the text."""
+        input_ids: list[int] = []
+        labels: list[int] = []
+        for i, segment in enumerate(segments):
+            if segment.learnt:
+                ids = self._answer_ids(segment.text, segment.end)
+            elif i > 0:
+                ids = self._ids_after(segments[i - 1].end, segment.text)
+            else:
+                ids = self._first_ids(segment.text) if special else self._encode(segment.text)
+            input_ids += ids
+            labels += ids if segment.learnt else [IGNORE_INDEX] * len(ids)
+        return input_ids, labels
+
+    def _encode(self, text: str, special: bool = False) -> list[int]:
+        return cast("list[int]", self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def _first_ids(self, text: str) -> list[int]:
+        ids = self._encode(text, special=True)
+        if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(str(self._eos)):
+            ids = ids[:-1]  # some tokenizers end every text
+        if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
+            ids = ids[1:]  # the text brings its own
+        return ids
+
+    def _ids_after(self, token: str | None, text: str) -> list[int]:
+        """The ids of a text that follows a special token, in whose company a tokenizer may treat it differently."""
+        if token is not None:
+            ids = self._encode(token + text)
+            if ids[:1] == [self.tokenizer.convert_tokens_to_ids(token)]:
+                return ids[1:]
+        return self._encode(text)
+
+    def _answer_ids(self, text: str, end: str | None) -> list[int]:
+        """The ids of an answer, which is no beginning: a tokenizer that puts a space before every text may not."""
+        text += end or ""
+        ids = self._encode(text)
+        if self._prepends_space:
+            for before in (":", "\n", "a", ")"):  # one that merges with nothing in the answer
+                head, both = self._encode(before), self._encode(before + text)
+                if head and both[: len(head)] == head and len(both) > len(head):
+                    ids = both[len(head) :]
+                    break
+        return ids
 
     def _cut(self, input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
         excess = len(input_ids) - self.max_length
         if excess <= 0:
             return input_ids, labels
         self.truncated += 1
-        prompt = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+        last = len(labels)  # where the last answer begins
+        while last and labels[last - 1] != IGNORE_INDEX:
+            last -= 1
         keep = 1 if input_ids[0] == self.tokenizer.bos_token_id else 0
-        cut = min(excess, prompt - keep)
+        cut = max(0, min(excess, last - max(keep, 1)))  # something has to come before the first token to be learnt
+        first = keep + cut
+        while cut and first < last and labels[first] != IGNORE_INDEX:  # an earlier answer without its beginning
+            labels[first] = IGNORE_INDEX
+            first += 1
         input_ids, labels = input_ids[:keep] + input_ids[keep + cut :], labels[:keep] + labels[keep + cut :]
         return input_ids[: self.max_length], labels[: self.max_length]
+
+
+def _paragraphs(texts: list[str], before: list[_Segment]) -> str:
+    return "\n\n".join([*([""] if before else []), *texts]) + "\n"
 
 
 @dataclass
@@ -139,7 +252,7 @@ class SentenceTokenizer:
 
     The first token of a causal model is an attention sink whose state has a norm of hundreds; averaged in, it makes
     all cosines 1. ``auto`` leaves the BOS out of the mean; where a tokenizer adds none, a sacrificial token takes the
-    sink's role and is left out instead. A sentence of a single token keeps it.
+    sink's role and is left out instead. A sentence of a single token keeps it; one of none gets a filler.
 
     Args:
         tokenizer: of the base model, with a padding token.
@@ -155,25 +268,22 @@ class SentenceTokenizer:
 
     def __post_init__(self) -> None:
         tokenizer = self.tokenizer
-        self._sacrifice: list[int] = []
-        if self.skip_first_token == "auto" and not adds_bos(tokenizer):
-            for candidate in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-                if candidate is not None:
-                    self._sacrifice = [candidate]
-                    break
+        known = cast("list[int | None]", [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id])
+        self._filler = next((token for token in known if token is not None), 0)
+        self._sacrifice = self.skip_first_token == "auto" and not adds_bos(tokenizer)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask, pool_mask: (N, T) int64, padded on the right."""
-        room = self.max_length - len(self._sacrifice)
-        rows = self.tokenizer(list(texts), truncation=True, max_length=room)["input_ids"]
-        rows = [self._sacrifice + ids for ids in rows]
-        batch = pad(rows, self.tokenizer.pad_token_id or 0)
+        first = [self._filler] if self._sacrifice else []
+        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length - len(first))["input_ids"]
+        rows = [first + ids or [self._filler] for ids in cast("list[list[int]]", encoded)]
+        batch = pad(rows, cast("int | None", self.tokenizer.pad_token_id) or 0)
         mask = torch.zeros_like(batch)
         pool = torch.zeros_like(batch)
         for i, ids in enumerate(rows):
             mask[i, : len(ids)] = 1
-            first = 1 if self.skip_first_token and len(ids) > 1 else 0
-            pool[i, len(ids) - 1 if self.pooling == "last" else first : len(ids)] = 1
+            start = 1 if self.skip_first_token and len(ids) > 1 else 0
+            pool[i, len(ids) - 1 if self.pooling == "last" else start : len(ids)] = 1
         return {"input_ids": batch, "attention_mask": mask, "pool_mask": pool}
 
 

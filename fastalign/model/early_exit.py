@@ -3,19 +3,19 @@
 Layer index, everywhere: `l` is the output of block `l` before the final norm, 1 <= l <= L; 0 would be the
 embeddings and is not a layer to exit from.
 
-What is swapped inside the `with`, on the live model and without copying a weight: the decoder's list of blocks
-(for one of its first l), its final norm (for the identity) and the causal model's `forward` (for an instance
-attribute that calls the decoder alone, so no head, logit scaling or soft-capping runs). The caller keeps
-calling the outermost wrapper (PEFT, DDP, DeepSpeed): what that does around a forward still happens. All three
-are put back on the way out, however the `with` is left.
+What is swapped inside the `with`, on the live model and without copying a weight: the decoder's list of
+blocks (for one of its first l), its final norm (for the identity) and the causal model's `forward` (for an
+instance attribute that calls the decoder alone, so no head, logit scaling or soft-capping runs). The caller
+keeps calling the outermost wrapper (PEFT, DDP, DeepSpeed): what that does around a forward still happens.
+All three are put back on the way out, however the `with` is left.
 
 Why not otherwise: an exception thrown from a hook skips the post-hooks of every enclosing module (DeepSpeed
 needs them); a hook that only listens stops nothing; and many families ignore `config.num_hidden_layers` once
 built, so that lowering it silently runs every block.
 
-A family may still do something unforeseen. On the first use of a model, a layer and a mode (train or eval) the
-blocks are watched: each of 1..l must run once, none above, and the state that comes back must be what block l
-gave, else ModelError. Afterwards no hook is left (but those that tap lower layers) and nothing is checked.
+A family may still do something unforeseen. On the first use of a model, a layer and a mode (train or eval)
+the blocks are watched: each of 1..l must run once, none above, and the state that comes back must be what
+block l gave, else ModelError. Afterwards no hook is left (but those that tap lower layers), nothing checked.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ def num_layers(model: nn.Module) -> int:
 def early_exit(model: nn.Module, layer: int) -> Iterator[None]:
     """Inside the `with`, calling `model` runs blocks 1..layer only, without final norm and head.
 
-    Call `model` itself, the outermost wrapper, as ever: `model(input_ids=..., attention_mask=...)`. It gives the
-    decoder's output, whose `last_hidden_state` (N, T, D), in the dtype the blocks compute in, is the output of
-    block `layer`. Arguments only the causal model knows (labels, logits_to_keep) and `output_*` are dropped,
-    `use_cache` is False unless given. An instance attribute `forward` on the causal model is not run, but the
-    autocast that accelerate puts there is applied. Do not call train(), eval() or state_dict() inside.
+    Call `model` itself, the outermost wrapper, as ever: `model(input_ids=..., attention_mask=...)`. It gives
+    the decoder's output, whose `last_hidden_state` (N, T, D), in the dtype the blocks compute in, is the
+    output of block `layer`. Arguments only the causal model knows (labels, logits_to_keep) and `output_*` are
+    dropped; `use_cache` is False unless given. An instance attribute `forward` on the causal model is not
+    run, but the autocast that accelerate puts there is. Do not call train(), eval() or state_dict() inside.
 
-    Raises ConfigError if `layer` is not an int in 1..L; ModelError if the model is no decoder-only causal LM, if
-    (at the first call) its architecture does not give the exact state, or if an exit is already open on it.
+    Raises ConfigError if `layer` is not an int in 1..L; ModelError if the model is no decoder-only causal LM,
+    if (at the first call) its architecture does not give the exact state, or if an exit is already open.
     """
     parts = _locate(_unwrap(model))
     _check_layer(parts, layer)

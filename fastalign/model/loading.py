@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +62,11 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         ConfigError: no model is named, or it is not a decoder. ModelError: it cannot be reached or read.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     load_model_config(config)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     with _reaching(config, "model"):
         options: dict[str, Any] = {"dtype": compute_dtype(config), **_origin(config)}
         if config.attn_implementation != "auto":
@@ -72,6 +76,11 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             if torch.cuda.is_available():
                 options["device_map"] = {"": torch.cuda.current_device()}
         model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **options)
+    for module in model.modules():
+        # On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weight at its first use in evaluation mode, and the
+        # product with a repacked weight has no gradient: training after an evaluation would go on without one, silently.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.requires_grad_(False)
 
 

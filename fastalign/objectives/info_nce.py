@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+
 from fastalign_kernels import info_nce
 
 
@@ -28,7 +29,14 @@ def alignment_loss(
 
     Returns:
         A scalar, fp32.
+
+    Raises:
+        ValueError: a direction or a side that does not exist.
     """
+    if direction not in ("source_to_target", "target_to_source", "symmetric"):
+        raise ValueError(f"direction must be source_to_target, target_to_source or symmetric, not {direction!r}")
+    if detach not in (None, "source", "target"):
+        raise ValueError(f"detach must be source, target or None, not {detach!r}")
     if detach == "source":
         source = source.detach()
     elif detach == "target":

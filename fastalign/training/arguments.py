@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,14 @@ from fastalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+
+# TrainingArguments itself takes anything here, and fails in the midst of the run.
+NUMBERS = {
+    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs",
+    "max_steps", "warmup_steps", "logging_steps", "eval_steps", "save_steps", "seed", "gradient_accumulation_steps",
+    "per_device_train_batch_size", "per_device_eval_batch_size",
+}  # fmt: skip
 
 
 def training_arguments(config: Config, can_evaluate: bool) -> TrainingArguments:
@@ -40,7 +49,10 @@ def training_arguments(config: Config, can_evaluate: bool) -> TrainingArguments:
             if user.get(key) not in (None, False, "no"):
                 raise ConfigError(f"training.{key}: nothing is held out; give eval_data, or an eval_share above 0")
         values["eval_strategy"] = "no"
-    if isinstance(user.get("max_steps"), int) and user["max_steps"] == 0:
+    for key in NUMBERS & user.keys():
+        if isinstance(user[key], bool) or not isinstance(user[key], (int, float)):
+            raise ConfigError(f"training.{key} must be a number, not {user[key]!r}")
+    if user.get("max_steps") == 0:
         raise ConfigError("training.max_steps must be above 0, or left out to train for num_train_epochs")
     try:
         arguments = TrainingArguments(**values)
@@ -56,4 +68,5 @@ def _hardware_defaults(user: dict[str, Any]) -> dict[str, Any]:
         values["bf16"] = True
     if not torch.cuda.is_available():
         values["dataloader_pin_memory"] = False
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed guesses otherwise, with a warning
     return values

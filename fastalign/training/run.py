@@ -7,7 +7,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,21 @@ from fastalign.streams.alignment import AlignmentStream
 from fastalign.streams.base import Stream, rank_and_world_size
 from fastalign.streams.task import TaskStream
 from fastalign.training.arguments import training_arguments
+from fastalign.training.interrupt import SaveOnInterrupt
 from fastalign.training.schedule import Schedule
 from fastalign.training.trainer import AlignTrainer
 
 RESULTS = ("adapter_config.json", "adapter_model.safetensors", "config.yaml", "summary.json")
-MAX_HELD_OUT = {"task": 1_000, "alignment": 2_000}
+MAX_HELD_OUT = {"task": 500, "alignment": 1_000}
 
 
-def train(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
+def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train an adapter and write it, ``config.yaml`` and ``summary.json`` to the configured output folder.
 
     Args:
         config: of the run.
         overwrite: replace results that the output folder holds.
+        callbacks: `transformers.TrainerCallback`s to add, e.g. early stopping.
 
     Returns:
         The content of ``summary.json``.
@@ -80,8 +82,15 @@ def train(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     set_seed(args.seed)
     model = add_adapter(load_model(config.model), config.adapter)
     probe = _probe(sentences, pairs[1], layers[-1], config.alignment.eval_pairs) if pairs and pairs[1] else None
+    interrupt = SaveOnInterrupt()
     trainer = AlignTrainer(
-        model, args, streams=streams, schedule=schedule, retrieval=probe, processing_class=tokenizer
+        model,
+        args,
+        streams=streams,
+        schedule=schedule,
+        retrieval=probe,
+        processing_class=tokenizer,
+        callbacks=[interrupt, *callbacks],
     )
     if rank_and_world_size()[0] == 0:
         _clear(config.output_dir, keep_checkpoints=checkpoint is not None)
@@ -89,9 +98,14 @@ def train(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
         save_config(config, config.output_dir / "config.yaml")
     if probe is not None:
         trainer.meter.notes["retrieval"] = {"before": probe(model)}
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        interrupt.release()
     trainer.save_model(str(config.output_dir))
     summary: dict[str, Any] = {
+        "output_dir": str(config.output_dir),
+        "interrupted": interrupt.interrupted,
         "steps": trainer.state.global_step,
         "seconds": time.perf_counter() - started,
         **_peak_memory(),

@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
+from fastalign.config import nearest
 from fastalign.errors import ConfigError
 from fastalign.streams.base import MicroBatch, Stream, rank_and_world_size
 from fastalign.training.meter import StreamMeter
@@ -77,6 +78,13 @@ class AlignTrainer(Trainer):
                 "training.auto_find_batch_size cannot work here: a smaller batch would change the number of negatives "
                 "and the schedule; lower per_device_train_batch_size or alignment.micro_batch_size instead"
             )
+        known = ["loss", "runtime", *(f"{name}_loss" for name in streams), *(["retrieval"] if retrieval else [])]
+        metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+        if metric not in known:
+            raise ConfigError(
+                f"training.metric_for_best_model: {metric!r} is not measured{nearest(metric, known)}; there are: "
+                f"{', '.join('eval_' + name for name in known)}"
+            )
         refuse_zero3(bool(args.deepspeed), schedule.mode)
         self.streams, self.schedule, self.retrieval = dict(streams), schedule, retrieval
         self.meter = StreamMeter()
@@ -86,6 +94,7 @@ class AlignTrainer(Trainer):
         self._steps_per_epoch = max(1, schedule.steps(math.ceil(epoch)))
         if args.max_steps <= 0:
             args.max_steps = max(1, schedule.steps(math.ceil(args.num_train_epochs * epoch)))
+        args.ddp_find_unused_parameters = False  # zero_term uses all of them; DDP would count them twice
         kwargs["callbacks"] = [self.meter, *(kwargs.get("callbacks") or [])]
         super().__init__(model=model, args=args, eval_dataset=[0], **kwargs)  # type: ignore[arg-type]
 

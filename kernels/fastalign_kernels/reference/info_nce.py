@@ -36,7 +36,7 @@ def info_nce(
     Raises:
         ValueError: the shapes do not fit, or the temperature is not above 0. TypeError: not floating point.
     """
-    if source.dim() != 2 or source.shape != target.shape:
+    if source.dim() != 2 or source.shape != target.shape or source.shape[0] == 0:
         raise ValueError(f"need source and target (N, D), got {tuple(source.shape)} and {tuple(target.shape)}")
     if not (source.is_floating_point() and target.is_floating_point()):
         raise TypeError(f"source and target must be floating point, not {source.dtype} and {target.dtype}")
@@ -45,15 +45,24 @@ def info_nce(
     if (source_ids is None) != (target_ids is None):
         raise ValueError("give source_ids and target_ids, or neither")
     size = source.shape[0]
+    for ids in (source_ids, target_ids):
+        if ids is not None and ids.shape != (size,):
+            raise ValueError(f"ids must be ({size},), got {tuple(ids.shape)}")
     dtype = torch.promote_types(torch.promote_types(source.dtype, target.dtype), torch.float32)
     with torch.autocast(source.device.type, enabled=False):
-        logits = F.normalize(source.to(dtype), dim=1) @ F.normalize(target.to(dtype), dim=1).T / temperature
+        logits = _unit(source.to(dtype)) @ _unit(target.to(dtype)).T / temperature
     if source_ids is not None and target_ids is not None:
-        if source_ids.shape != (size,) or target_ids.shape != (size,):
-            raise ValueError(f"ids must be ({size},), got {tuple(source_ids.shape)} and {tuple(target_ids.shape)}")
         same = source_ids.unsqueeze(1) == target_ids.unsqueeze(0)
         same.fill_diagonal_(False)
         logits = logits.masked_fill(same, float("-inf"))
     positives = torch.arange(size, device=source.device)
     loss = F.cross_entropy(logits, positives)
     return (loss + F.cross_entropy(logits.T, positives)) / 2 if symmetric else loss
+
+
+def _unit(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of length 1, whatever their size. A row of zeros stays one, with a gradient as if its length were 1."""
+    largest = rows.detach().abs().amax(dim=1, keepdim=True)  # its square may overflow or vanish, so scale first
+    rows = rows / torch.where(largest > 0, largest, 1)
+    squares = rows.square().sum(dim=1, keepdim=True)
+    return rows / torch.where(squares > 0, squares, 1).sqrt()

@@ -1,0 +1,173 @@
+"""The command line: parse, call, print. Heavy imports happen inside the commands, so that help is instant.
+
+Exit codes: 0 done; 2 the user's input is wrong (one line on stderr, under a launcher from rank 0 only); 1 anything
+else, an interruption and running out of memory included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import textwrap
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from fastalign.config import SECTIONS, TRAINING_DEFAULTS, describe, load_config
+from fastalign.errors import FastalignError
+
+Summary = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    first_rank = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels that it did not find
+    try:
+        with _quiet_stdout(arguments.json), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            result = arguments.run(arguments)
+    except FastalignError as error:
+        return _fail(str(error), 2, first_rank)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 1, first_rank)
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        return _fail(f"out of memory: {str(error).splitlines()[0]}", 1, True)
+    if first_rank:
+        print(json.dumps(result, indent=2) if arguments.json else arguments.table(result))
+    return 1 if result.get("interrupted") else 0
+
+
+def _fail(message: str, code: int, say: bool) -> int:
+    if say:
+        print(f"fastalign: {message}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"fastalign: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fastalign",
+        description="Fine-tune a decoder LLM on a task while pulling translations together at a middle layer.",
+    )
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # launchers pass it before the command
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    train = commands.add_parser(
+        "train",
+        help="train an adapter from a YAML config",
+        description="Train an adapter as a YAML config says. Values given as section.key=value win over the file.",
+        epilog=_keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("config", metavar="CONFIG.yaml", help="the configuration; examples/ has commented ones")
+    train.add_argument("overrides", metavar="section.key=value", nargs="*", help="e.g. training.max_steps=100")
+    train.add_argument("--overwrite", action="store_true", help="replace results that the output folder holds")
+    _add_json(train)
+    train.set_defaults(run=_train, table=_train_table)
+
+    demo = commands.add_parser(
+        "demo",
+        help="see it work: a small model and corpus made on the spot, no network, a few minutes on a CPU",
+        description="Make a small multilingual corpus and a tiny model, then fine-tune it on English commands "
+        "without and with alignment, with equal task updates, and compare.",
+    )
+    demo.add_argument("--out", default="demo-output", help="folder for the results (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=2, help="of the corpus, the model and the order (default: %(default)s)")
+    demo.add_argument("--overwrite", action="store_true", help="replace results that the folder holds")
+    _add_json(demo)
+    demo.set_defaults(run=_demo, table=_demo_table)
+    return parser
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON, and only that, on stdout")
+
+
+def _keys() -> str:
+    """Every key of the config with type, default and meaning, from the one place they are written down."""
+    lines = ["keys (type, default):"]
+    for section, cls in SECTIONS.items():
+        lines += ["", f"{section}:  {' '.join((cls.__doc__ or '').split())}"]
+        for name, kind, default, text in describe(section):
+            lines.append(f"  {name}  ({kind}; {default})")
+            lines += textwrap.wrap(text, width=96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    lines += ["", "training:  any key of transformers.TrainingArguments; fastalign's own defaults:"]
+    lines += [f"  {name}: {value}" for name, value in TRAINING_DEFAULTS.items()]
+    lines += ["  bf16: true on a GPU that has it", "  resume_from_checkpoint: true (the last one in output_dir), or its folder"]
+    return "\n".join(lines)
+
+
+def _quiet_stdout(active: bool) -> contextlib.AbstractContextManager:
+    return contextlib.redirect_stdout(sys.stderr) if active else contextlib.nullcontext()
+
+
+def _train(arguments: argparse.Namespace) -> Summary:
+    config = load_config(arguments.config, arguments.overrides)
+
+    from fastalign.training.run import train
+
+    return train(config, overwrite=arguments.overwrite)
+
+
+def _train_table(summary: Summary) -> str:
+    lines = [f"{'stream':<12}{'steps':>8}{'loss first':>12}{'loss last':>12}{'tokens':>12}{'seconds':>10}"]
+    for name, row in summary["streams"].items():
+        lines.append(
+            f"{name:<12}{row['steps']:>8}{row['loss_first']:>12.4f}{row['loss_last']:>12.4f}"
+            f"{row['tokens']:>12,}{row['seconds']:>10.1f}"
+        )
+    if "retrieval" in summary:
+        before, after = summary["retrieval"]["before"], summary["retrieval"]["after"]
+        lines += ["", f"retrieval at layer {summary['layer']}, %", f"{'language':<12}{'before':>8}{'after':>12}"]
+        for language, score in before["languages"].items():
+            lines.append(f"{language:<12}{100 * score:>8.1f}{100 * after['languages'][language]:>12.1f}")
+        lines.append(f"{'mean':<12}{100 * before['mean']:>8.1f}{100 * after['mean']:>12.1f}")
+    lines += [
+        "",
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB",
+        f"results in {summary['output_dir']}",
+    ]
+    if summary["interrupted"]:
+        lines.append("interrupted; continue with the same command and training.resume_from_checkpoint=true")
+    return "\n".join(lines)
+
+
+def _demo(arguments: argparse.Namespace) -> Summary:
+    from fastalign.demo import demo
+
+    return {"out": arguments.out, **demo(arguments.out, seed=arguments.seed, overwrite=arguments.overwrite)}
+
+
+def _demo_table(result: Summary) -> str:
+    plain, aligned = result["arms"]["task_only"], result["arms"]["aligned"]
+    title = f"retrieval at layer {result['layer']}"
+    before = plain["retrieval"]["before"]["languages"]
+    lines = [
+        "",
+        "Trained on English commands only. %, test rows with templates and values never trained on.",
+        f"{'':<10}{title:>30}{'intent accuracy':>22}{'slot F1':>22}",
+        f"{'language':<10}{'start':>10}{'plain':>10}{'aligned':>10}" + f"{'plain':>12}{'aligned':>10}" * 2,
+    ]
+    for language, scores in plain["languages"].items():
+        other = aligned["languages"][language]
+        row = f"{language:<10}"
+        for column in (before, plain["retrieval"]["after"]["languages"], aligned["retrieval"]["after"]["languages"]):
+            row += f"{100 * column[language]:>10.0f}" if language in column else f"{'-':>10}"
+        for metric in ("intent_accuracy", "slot_f1"):
+            row += f"{100 * scores[metric]:>12.0f}{100 * other[metric]:>10.0f}"
+        lines.append(row)
+    lines += ["", f"{result['seconds']:.0f} s; adapters, summaries and this table's numbers in {result['out']}"]
+    return "\n".join(lines)

@@ -1,0 +1,125 @@
+"""The configuration: dataclasses that read from and write to YAML, with overrides and validation.
+
+This package is the only home of defaults and of help text: the command line's ``--help``, the commented example
+and the error messages are all drawn from the fields in `keys`. It imports neither torch nor transformers, so that
+``fastalign train --help`` and every configuration error are instant.
+
+``training:`` is not described here: it goes unchanged to ``transformers.TrainingArguments``. Where the user is
+silent, `TRAINING_DEFAULTS` speaks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastalign.config.checks import make_section, nearest, type_name, validate
+from fastalign.config.dialect import dump_yaml, load_yaml, plain, read_yaml
+from fastalign.config.keys import (
+    FREE_SECTIONS,
+    PAPER_PRESET,
+    SECTIONS,
+    TRAINING_DEFAULTS,
+    AdapterConfig,
+    AlignmentConfig,
+    Config,
+    ModelConfig,
+    ScheduleConfig,
+    TaskConfig,
+)
+from fastalign.errors import ConfigError
+
+__all__ = [
+    "FREE_SECTIONS",
+    "PAPER_PRESET",
+    "SECTIONS",
+    "TRAINING_DEFAULTS",
+    "AdapterConfig",
+    "AlignmentConfig",
+    "Config",
+    "ModelConfig",
+    "ScheduleConfig",
+    "TaskConfig",
+    "config_from_dict",
+    "config_to_dict",
+    "describe",
+    "load_config",
+    "nearest",
+    "save_config",
+]
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``section.key=value`` overrides (values are YAML) and validate.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown or there twice, a value has the wrong type
+            or range.
+    """
+    raw: dict[str, Any] = read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        _apply_override(raw, override)
+    return config_from_dict(raw)
+
+
+def config_from_dict(raw: Mapping[str, Any]) -> Config:
+    """Build and validate a `Config` from nested dictionaries. Raises ConfigError."""
+    known = (*SECTIONS, *FREE_SECTIONS)
+    values: dict[str, Any] = {}
+    for name, section in raw.items():
+        if name not in known:
+            raise ConfigError(f"unknown section {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+        section = {} if section is None else plain(section)
+        if not isinstance(section, dict):
+            raise ConfigError(f"section {name!r} must hold keys and values, not {section!r}")
+        for key in section:
+            if not isinstance(key, str):
+                raise ConfigError(f"{name}: key {key!r} is not text")
+        if name == "alignment" and section.get("preset") == "paper":
+            section = {**PAPER_PRESET, **section}
+        values[name] = make_section(SECTIONS[name], name, section) if name in SECTIONS else section
+    config = Config(**values)
+    validate(config)
+    return config
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The inverse of `config_from_dict`: nested plain dictionaries, every key spelled out."""
+    return plain(dataclasses.asdict(config))
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the effective configuration as YAML; `load_config` reads it back to an equal object."""
+    Path(path).write_text(dump_yaml(config_to_dict(config)), encoding="utf-8")
+
+
+def describe(section: str) -> list[tuple[str, str, str, str]]:
+    """(key, type, default, help) of every key of a section: the source of ``--help`` and of the docs."""
+    hints = typing.get_type_hints(SECTIONS[section])
+    rows = []
+    for item in dataclasses.fields(SECTIONS[section]):
+        default = dump_yaml(item.default).splitlines()[0]
+        rows.append((item.name, type_name(hints[item.name]), default, item.metadata["help"]))
+    return rows
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    section, dot, key = dotted.partition(".")
+    if not (equals and dot and section and key):
+        raise ConfigError(f"override {override!r} must read section.key=value, e.g. training.max_steps=100")
+    try:
+        value = load_yaml(text)
+    except ValueError:
+        raise ConfigError(f"override {override!r}: the value is not YAML; quote it: {dotted}='\"...\"'") from None
+    known = (*SECTIONS, *FREE_SECTIONS)
+    if section not in known:
+        raise ConfigError(f"override {override!r}: unknown section {section!r}{nearest(section, known)}")
+    if raw.get(section) is None:
+        raw[section] = {}
+    if not isinstance(raw[section], dict):
+        raise ConfigError(f"section {section!r} must hold keys and values, not {raw[section]!r}")
+    raw[section][key] = value

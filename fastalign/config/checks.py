@@ -1,0 +1,147 @@
+"""Checks of a configuration that need no model and no data: types, ranges, combinations. All raise ConfigError."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from fastalign.config.keys import AlignmentConfig, Config, TaskConfig
+from fastalign.errors import ConfigError
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the closest of the known names, or an empty string."""
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def make_section(cls: type, name: str, raw: Mapping[str, Any]) -> Any:
+    """An instance of a section's dataclass from what the user wrote."""
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in raw.items():
+        if key not in hints:
+            raise ConfigError(f"unknown key {name}.{key}{nearest(key, hints)}; known: {', '.join(hints)}")
+        try:
+            values[key] = _coerce(hints[key], value)
+        except TypeError:
+            raise ConfigError(f"{name}.{key} must be {type_name(hints[key])}, not {value!r}") from None
+    return cls(**values)
+
+
+def _coerce(hint: Any, value: Any) -> Any:
+    """`value` as the annotated type (an integer is also a number), or TypeError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            try:
+                return _coerce(option, value)
+            except TypeError:
+                continue
+        raise TypeError
+    if origin is Literal:
+        for option in arguments:
+            if value == option and type(value) is type(option):
+                return value
+        raise TypeError
+    if origin is list:
+        if not isinstance(value, list):
+            raise TypeError
+        return [_coerce(arguments[0], item) for item in value]
+    if hint is type(None) and value is None:
+        return None
+    if hint is float and type(value) is int and abs(value) < 2**53:
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    raise TypeError
+
+
+def type_name(hint: Any) -> str:
+    """An annotation in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_name(option) for option in arguments)
+    if origin is Literal:
+        return " or ".join(str(option) for option in arguments)
+    if origin is list:
+        return f"a list of {type_name(arguments[0])}"
+    names = {str: "text", int: "an integer", float: "a number", bool: "true or false", type(None): "null"}
+    return names.get(hint, str(hint))
+
+
+def validate(config: Config) -> None:
+    """Ranges and combinations."""
+    adapter = config.adapter
+    _need(adapter.r >= 1, "adapter.r", "at least 1", adapter.r)
+    _need(0 < adapter.alpha < float("inf"), "adapter.alpha", "above 0", adapter.alpha)
+    _need(0 <= adapter.dropout < 1, "adapter.dropout", "in [0, 1)", adapter.dropout)
+    ratio = config.schedule.ratio
+    _need(0 < ratio < float("inf"), "schedule.ratio", "above 0 (mode: task_only for none)", ratio)
+    for name, section in (("task", config.task), ("alignment", config.alignment)):
+        _need(section.max_length >= 4, f"{name}.max_length", "at least 4", section.max_length)
+        _need(0 <= section.eval_share < 1, f"{name}.eval_share", "in [0, 1)", section.eval_share)
+        heat = section.language_temperature
+        _need(heat == "uniform" or float(heat) > 0, f"{name}.language_temperature", "above 0 or 'uniform'", heat)
+    _validate_task(config.task)
+    _validate_alignment(config.alignment)
+    if config.streams:
+        raise ConfigError(
+            f"streams: {', '.join(config.streams)}: this version has the two built-in streams only; "
+            "configure them under task: and alignment:"
+        )
+
+
+def _need(condition: bool, key: str, rule: str, value: Any) -> None:
+    if not condition:
+        raise ConfigError(f"{key} must be {rule}, not {value!r}")
+
+
+def _validate_task(task: TaskConfig) -> None:
+    _need(task.languages != [], "task.languages", "a list of one or more languages, or null for all", task.languages)
+    if task.template == "custom" and not (task.prompt and task.response):
+        raise ConfigError("task.template: custom needs task.prompt and task.response, e.g. prompt: 'Classify: {text}'")
+    for name, text in (("prompt", task.prompt), ("response", task.response)):
+        if task.template == "chat" and text is not None:
+            raise ConfigError(f"task.{name}: template chat takes rows as they are; set task.template: custom")
+        _need(text is None or bool(text.strip()), f"task.{name}", "null or a text that is not empty", text)
+
+
+def _validate_alignment(alignment: AlignmentConfig) -> None:
+    heat, size, micro = alignment.temperature, alignment.batch_size, alignment.micro_batch_size
+    _need(0 < heat < float("inf"), "alignment.temperature", "above 0 (0.1 is usual)", heat)
+    rule = "at least 2, because the other pairs of the batch are the negatives"
+    _need(size >= 2, "alignment.batch_size", rule, size)
+    rule = "from 2 to alignment.batch_size, or null"
+    _need(micro is None or 2 <= micro <= size, "alignment.micro_batch_size", rule, micro)
+    _need(0 <= alignment.weight < float("inf"), "alignment.weight", "0 or more", alignment.weight)
+    _need(alignment.eval_pairs >= 2, "alignment.eval_pairs", "at least 2", alignment.eval_pairs)
+
+    layers = alignment.layer if isinstance(alignment.layer, list) else [alignment.layer]
+    _need(len(layers) > 0, "alignment.layer", "an integer, a fraction, 'middle' or a list of these", alignment.layer)
+    for layer in layers:
+        if isinstance(layer, str):
+            _need(layer == "middle", "alignment.layer", "an integer, a fraction or 'middle'", layer)
+        elif isinstance(layer, float):
+            _need(0 < layer < 1, "alignment.layer", "a fraction in (0, 1) or an integer index", layer)
+        else:
+            _need(layer >= 1, "alignment.layer", "at least 1 (0 would be the embeddings)", layer)
+    weights = alignment.layer_weights
+    if weights is not None:
+        rule = f"one number for each of {len(layers)} layers"
+        _need(len(weights) == len(layers), "alignment.layer_weights", rule, weights)
+        good = all(0 <= weight < float("inf") for weight in weights) and sum(weights) > 0
+        _need(good, "alignment.layer_weights", "0 or more, not all 0", weights)
+
+    pairs, rule = alignment.pairs, "'to_english' or a list such as [[de, en]]"
+    if isinstance(pairs, str):
+        _need(pairs == "to_english", "alignment.pairs", rule, pairs)
+    else:
+        _need(len(pairs) > 0, "alignment.pairs", rule, pairs)
+        for i, pair in enumerate(pairs):
+            good = len(pair) == 2 and pair[0] != pair[1]
+            _need(good, "alignment.pairs", "a list of two different languages each", pair)
+            _need(pair not in pairs[:i], "alignment.pairs", "without a pair that comes twice", pair)

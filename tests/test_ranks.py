@@ -1,0 +1,94 @@
+"""Two ranks do what one does: real launches on the CPU."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from fastalign.config import config_from_dict
+from fastalign.training.run import train
+
+ROOT = Path(__file__).resolve().parents[1]
+SGD = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "seed": 3, "report_to": "none"}
+
+
+def launch(launcher: list[str], config: Path) -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    command = [*launcher, "train", str(config)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fastalign"]
+DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--module", "fastalign"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "fastalign"]
+
+
+def write(raw: dict, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["alternate", "joint", "task_only"])
+def test_two_ranks_take_the_steps_of_one(mode: str, raw_config: dict, tmp_path: Path) -> None:
+    """DDP, the layers above the aligned one included. The pairs of the two ranks are each other's negatives on one
+    rank but not on two, so the alignment batch is compared as two micro-batches."""
+    raw = copy.deepcopy(raw_config)
+    raw["schedule"] = {"mode": mode}
+    raw["alignment"] |= {"layer": 2, "batch_size": 8, "micro_batch_size": 4}
+    raw["training"] |= {**SGD, "max_steps": 4, "per_device_train_batch_size": 4}
+    one = train(config_from_dict(raw))
+    alone = load_file(Path(raw["training"]["output_dir"]) / "adapter_model.safetensors")
+
+    raw["alignment"] |= {"batch_size": 4, "micro_batch_size": None}
+    raw["training"] |= {"per_device_train_batch_size": 2, "output_dir": str(tmp_path / "two")}
+    done = launch(TORCHRUN, write(raw, tmp_path / "two.yaml"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = load_file(tmp_path / "two" / "adapter_model.safetensors")
+    moved = max(float(tensor.abs().max()) for name, tensor in alone.items() if "lora_B" in name)
+    for name, tensor in alone.items():
+        torch.testing.assert_close(both[name], tensor, rtol=1e-4, atol=1e-5 * moved, msg=name)
+    two = json.loads((tmp_path / "two" / "summary.json").read_text())
+    for stream, row in one["streams"].items():
+        assert two["streams"][stream]["loss_first"] == pytest.approx(row["loss_first"], rel=1e-4)
+        assert two["streams"][stream]["tokens"] == row["tokens"]
+    assert two["evaluation" if "evaluation" in two else "retrieval"] is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [DEEPSPEED, ACCELERATE], ids=["deepspeed", "accelerate"])
+def test_other_launchers_train_and_save(launcher: list[str], raw_config: dict, tmp_path: Path) -> None:
+    raw = copy.deepcopy(raw_config)
+    if launcher is DEEPSPEED:
+        zero2 = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto"}
+        zero2 |= {"gradient_accumulation_steps": "auto", "train_batch_size": "auto", "zero_allow_untested_optimizer": True}
+        raw["training"]["deepspeed"] = zero2
+    done = launch(launcher, write(raw, tmp_path / "config.yaml"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["steps"] == 4 and (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once_and_ends_all_ranks(raw_config: dict, tmp_path: Path) -> None:
+    raw = copy.deepcopy(raw_config)
+    raw["alignment"]["layer"] = 99
+    done = launch(TORCHRUN, write(raw, tmp_path / "config.yaml"))
+    assert done.returncode != 0
+    assert sum(line.startswith("fastalign:") for line in done.stderr.splitlines()) == 1
+    assert "1..4" in done.stderr and "cli.py" not in done.stderr  # the only traceback is the launcher's own
