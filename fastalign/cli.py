@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = _parser().parse_args(argv)
     first_rank = os.environ.get("RANK", "0") == "0"
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels that it did not find
+    for library in ("bitsandbytes", "kernels"):  # they warn of optional kernels that they did not find
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         with _quiet_stdout(arguments.json), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -85,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         "without and with alignment, with equal task updates, and compare.",
     )
     demo.add_argument("--out", default="demo-output", help="folder for the results (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=2, help="of the corpus, the model and the order (default: %(default)s)")
+    demo.add_argument(
+        "--seed", type=int, default=2, help="of the corpus, the model and the order (default: %(default)s)"
+    )
     demo.add_argument("--overwrite", action="store_true", help="replace results that the folder holds")
     _add_json(demo)
     demo.set_defaults(run=_demo, table=_demo_table)
@@ -106,7 +109,10 @@ def _keys() -> str:
             lines += textwrap.wrap(text, width=96, initial_indent=" " * 6, subsequent_indent=" " * 6)
     lines += ["", "training:  any key of transformers.TrainingArguments; fastalign's own defaults:"]
     lines += [f"  {name}: {value}" for name, value in TRAINING_DEFAULTS.items()]
-    lines += ["  bf16: true on a GPU that has it", "  resume_from_checkpoint: true (the last one in output_dir), or its folder"]
+    lines += [
+        "  bf16: true on a GPU that has it",
+        "  resume_from_checkpoint: true (the last one in output_dir), or its folder",
+    ]
     return "\n".join(lines)
 
 
@@ -137,7 +143,8 @@ def _train_table(summary: Summary) -> str:
         lines.append(f"{'mean':<12}{100 * before['mean']:>8.1f}{100 * after['mean']:>12.1f}")
     lines += [
         "",
-        f"{summary['steps']} steps in {summary['seconds']:.0f} s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB",
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s, "
+        f"peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB",
         f"results in {summary['output_dir']}",
     ]
     if summary["interrupted"]:
@@ -153,21 +160,20 @@ def _demo(arguments: argparse.Namespace) -> Summary:
 
 def _demo_table(result: Summary) -> str:
     plain, aligned = result["arms"]["task_only"], result["arms"]["aligned"]
-    title = f"retrieval at layer {result['layer']}"
-    before = plain["retrieval"]["before"]["languages"]
+    start = plain["retrieval"]["before"]["languages"]
     lines = [
         "",
-        "Trained on English commands only. %, test rows with templates and values never trained on.",
-        f"{'':<10}{title:>30}{'intent accuracy':>22}{'slot F1':>22}",
-        f"{'language':<10}{'start':>10}{'plain':>10}{'aligned':>10}" + f"{'plain':>12}{'aligned':>10}" * 2,
+        "Trained on English commands only; tested on commands with templates and values never trained on.",
+        f"{'':<10}{'translation found, %':>30}{'intent right, %':>24}",
+        f"{'language':<10}{'start':>10}{'plain':>10}{'aligned':>10}{'plain':>14}{'aligned':>10}",
     ]
-    for language, scores in plain["languages"].items():
-        other = aligned["languages"][language]
+    for language, score in plain["intent_accuracy"].items():
         row = f"{language:<10}"
-        for column in (before, plain["retrieval"]["after"]["languages"], aligned["retrieval"]["after"]["languages"]):
+        for column in (start, plain["retrieval"]["after"]["languages"], aligned["retrieval"]["after"]["languages"]):
             row += f"{100 * column[language]:>10.0f}" if language in column else f"{'-':>10}"
-        for metric in ("intent_accuracy", "slot_f1"):
-            row += f"{100 * scores[metric]:>12.0f}{100 * other[metric]:>10.0f}"
-        lines.append(row)
-    lines += ["", f"{result['seconds']:.0f} s; adapters, summaries and this table's numbers in {result['out']}"]
+        lines.append(row + f"{100 * score:>14.0f}{100 * aligned['intent_accuracy'][language]:>10.0f}")
+    unhelped = [k for k, v in plain["intent_accuracy"].items() if aligned["intent_accuracy"][k] <= v and k != "en"]
+    if unhelped:
+        lines.append(f"No better with alignment in this run: {', '.join(unhelped)}.")
+    lines += ["", f"{result['seconds']:.0f} s; adapters, summaries and these numbers in {result['out']}"]
     return "\n".join(lines)

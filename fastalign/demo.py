@@ -2,24 +2,27 @@
 
 A tiny decoder first reads plain text in six languages. Then it learns voice commands from English rows only, once
 without alignment and once with alignment steps in between, with equally many task updates. What it can do in the
-other languages is the comparison.
+other languages is the comparison: which translation its states at the layer find, and which of the intents it thinks
+most likely. (To spell out slot values it has never been taught is beyond a model of this size.)
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fastalign.config import TaskConfig, config_from_dict
 from fastalign.data import demo_corpus
 from fastalign.data.templates import TaskExample, TaskReader
-from fastalign.data.tokenization import PromptTokenizer
+from fastalign.data.tokenization import IGNORE_INDEX, PromptTokenizer, pad
 from fastalign.errors import ConfigError
 from fastalign.training.run import train
 
@@ -44,7 +47,7 @@ def demo(out: str | Path, *, seed: int = 2, overwrite: bool = False) -> dict[str
         overwrite: replace an earlier demo in that folder.
 
     Returns:
-        The content of ``demo.json``: retrieval, intent accuracy and slot F1 per language without and with alignment.
+        The content of ``demo.json``: retrieval and intent accuracy per language without and with alignment.
 
     Raises:
         ConfigError: the folder holds an earlier demo.
@@ -63,7 +66,7 @@ def demo(out: str | Path, *, seed: int = 2, overwrite: bool = False) -> dict[str
         _say(f"{TASK_STEPS} updates on English commands,", "no alignment" if mode == "task_only" else "with alignment")
         summary = train(_config(out, files, arm, mode, seed), overwrite=True)
         _say("commands in all languages, from the test set")
-        result["arms"][arm] = {"retrieval": summary["retrieval"], "languages": _test(out, files, arm)}
+        result["arms"][arm] = {"retrieval": summary["retrieval"], "intent_accuracy": _test(out, files, arm)}
     result["seconds"] = time.perf_counter() - started
     (out / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
@@ -115,7 +118,9 @@ def _pretrain(folder: Path, seed: int) -> None:
     bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     specials = ["<s>", "</s>", "<pad>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2_000, special_tokens=specials, initial_alphabet=alphabet))
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=2_000, special_tokens=specials, initial_alphabet=alphabet)
+    )
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])  # type: ignore[assignment]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=128
@@ -135,6 +140,7 @@ def _pretrain(folder: Path, seed: int) -> None:
             save_strategy="no",
             report_to="none",
             seed=seed,
+            disable_tqdm=not sys.stderr.isatty(),
             dataloader_pin_memory=False,
         ),
         train_dataset=rows,  # type: ignore[arg-type]
@@ -145,43 +151,42 @@ def _pretrain(folder: Path, seed: int) -> None:
     trainer.save_model(str(folder))
 
 
-def _test(out: Path, files: dict[str, Path], arm: str) -> dict[str, dict[str, float]]:
-    """Intent accuracy and F1 of slots (type and value both right) per language, by greedy decoding."""
+def _test(out: Path, files: dict[str, Path], arm: str) -> dict[str, float]:
+    """Share of test commands per language whose intent the adapted model finds the most likely of all intents."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    tokenizer = PromptTokenizer(AutoTokenizer.from_pretrained(out / "model"))
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(out / "model"), str(out / arm)).eval()
     examples = TaskReader(TaskConfig(template="slots", system="")).read(str(files["task.test"]), "the demo's test set")
+    intents = sorted({_intent(example) for example in examples})
     scores = {}
     for language in demo_corpus.LANGUAGES:
         chosen = [example for example in examples if example.language == language][:TEST_ROWS]
-        answers = _generate(model, PromptTokenizer(tokenizer), chosen)
-        gold = [_items(example.messages[-1]["content"]) for example in chosen]
-        found = [_items(answer) for answer in answers]
-        intents = [g["intent"] == f.get("intent") for g, f in zip(gold, found)]
-        right = sum(len(_slots(g) & _slots(f)) for g, f in zip(gold, found))
-        total = sum(len(_slots(g)) + len(_slots(f)) for g, f in zip(gold, found))
-        scores[language] = {"intent_accuracy": sum(intents) / len(intents), "slot_f1": 2 * right / max(total, 1)}
+        likelihoods = torch.stack([_log_likelihood(model, tokenizer, chosen, intent) for intent in intents])
+        found = [intents[i] for i in likelihoods.argmax(dim=0).tolist()]
+        right = sum(intent == _intent(example) for intent, example in zip(found, chosen, strict=True))
+        scores[language] = right / len(chosen)
     return scores
 
 
+def _intent(example: TaskExample) -> str:
+    """The first item of the answer, ``intent: ...``."""
+    return example.messages[-1]["content"].split("; ")[0]
+
+
 @torch.no_grad()
-def _generate(model: Any, prompts: PromptTokenizer, examples: Sequence[TaskExample]) -> list[str]:
-    rows = [prompts.prompt_ids(example.messages[:-1]) for example in examples]
-    width = max(map(len, rows))
-    pad = prompts.tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    output = model.generate(
-        input_ids=ids, attention_mask=(ids != pad).long(), max_new_tokens=48, do_sample=False, pad_token_id=pad
-    )
-    return prompts.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-
-
-def _items(answer: str) -> dict[str, str]:
-    pairs = (item.partition(": ") for item in answer.strip().split("; "))
-    return {kind: value for kind, colon, value in pairs if colon}
-
-
-def _slots(items: dict[str, str]) -> Counter[tuple[str, str]] | set[tuple[str, str]]:
-    return {(kind, value) for kind, value in items.items() if kind != "intent"}
+def _log_likelihood(
+    model: Any, tokenizer: PromptTokenizer, examples: Sequence[TaskExample], answer: str
+) -> torch.Tensor:
+    """Log-probability (N,) of an answer to each of the prompts, its end not counted."""
+    encoded = []
+    for example in examples:
+        messages = [*example.messages[:-1], {"role": "assistant", "content": answer}]
+        ids, labels = tokenizer(replace(example, messages=messages))
+        encoded.append((ids[:-1], labels[:-1]))
+    ids = pad([ids for ids, _ in encoded], 0)
+    mask = pad([[1] * len(ids) for ids, _ in encoded], 0)
+    labels = pad([labels for _, labels in encoded], IGNORE_INDEX)[:, 1:]
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    return -F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none").sum(dim=1)

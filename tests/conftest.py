@@ -14,7 +14,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 WORDS = {
     "en": ["set", "alarm", "play", "music", "light", "off", "on", "tomorrow", "seven", "song", "kitchen", "rain"],
     "de": ["stelle", "wecker", "spiele", "musik", "licht", "aus", "an", "morgen", "sieben", "lied", "küche", "regen"],
-    "fr": ["mets", "réveil", "joue", "musique", "lampe", "éteins", "allume", "demain", "sept", "chanson", "cuisine", "pluie"],
+    "fr": [
+        "mets",
+        "réveil",
+        "joue",
+        "musique",
+        "lampe",
+        "éteins",
+        "allume",
+        "demain",
+        "sept",
+        "chanson",
+        "cuisine",
+        "pluie",
+    ],
 }
 
 
@@ -64,9 +77,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``task.jsonl`` (24 rows with answers of different length) and ``pairs.jsonl`` (60 N-way rows)."""
     folder = tmp_path_factory.mktemp("data")
-    task = [
-        {"prompt": sentence("en", i), "response": " ".join(["yes"] * (1 + i % 5)), "lang": "en"} for i in range(24)
-    ]
+    task = [{"prompt": sentence("en", i), "response": " ".join(["yes"] * (1 + i % 5)), "lang": "en"} for i in range(24)]
     pairs = [{"_id": f"row{i}", **{language: sentence(language, 7 * i) for language in WORDS}} for i in range(60)]
     for name, rows in (("task", task), ("pairs", pairs)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -60,7 +60,8 @@ def test_no_texts_and_no_such_layer(model, tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "depth", "layer"), [("middle", 32, 16), ("middle", 28, 14), (16, 32, 16), (0.5, 7, 4), (0.01, 8, 1), (0.99, 8, 8)]
+    ("spec", "depth", "layer"),
+    [("middle", 32, 16), ("middle", 28, 14), (16, 32, 16), (0.5, 7, 4), (0.01, 8, 1), (0.99, 8, 8)],
 )
 def test_layer_names(spec: int | float | str, depth: int, layer: int) -> None:
     assert resolve_layer(spec, depth) == layer

@@ -76,7 +76,11 @@ def test_other_launchers_train_and_save(launcher: list[str], raw_config: dict, t
     raw = copy.deepcopy(raw_config)
     if launcher is DEEPSPEED:
         zero2 = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto"}
-        zero2 |= {"gradient_accumulation_steps": "auto", "train_batch_size": "auto", "zero_allow_untested_optimizer": True}
+        zero2 |= {
+            "gradient_accumulation_steps": "auto",
+            "train_batch_size": "auto",
+            "zero_allow_untested_optimizer": True,
+        }
         raw["training"]["deepspeed"] = zero2
     done = launch(launcher, write(raw, tmp_path / "config.yaml"))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -25,7 +25,11 @@ class Spy(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.gradients.append(
-            {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+            {
+                name: None if p.grad is None else p.grad.clone()
+                for name, p in model.named_parameters()
+                if p.requires_grad
+            }
         )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -42,7 +46,9 @@ def run(raw: dict, **sections: dict) -> tuple[dict[str, Any], Spy]:
     return train(config_from_dict(raw), overwrite=True, callbacks=[spy]), spy
 
 
-def assert_same(left: dict[str, torch.Tensor | None], right: dict[str, torch.Tensor | None], tolerance: float = 1e-5) -> None:
+def assert_same(
+    left: dict[str, torch.Tensor | None], right: dict[str, torch.Tensor | None], tolerance: float = 1e-5
+) -> None:
     assert left.keys() == right.keys()
     scale = max(float(g.abs().max()) for g in right.values() if g is not None)
     for name, gradient in left.items():
@@ -52,7 +58,9 @@ def assert_same(left: dict[str, torch.Tensor | None], right: dict[str, torch.Ten
 
 
 @pytest.mark.parametrize(("size", "accumulation"), [(2, 4), (1, 8), (4, 2)])
-def test_task_gradient_is_the_mean_over_answer_tokens_however_it_is_cut(raw_config: dict, size: int, accumulation: int) -> None:
+def test_task_gradient_is_the_mean_over_answer_tokens_however_it_is_cut(
+    raw_config: dict, size: int, accumulation: int
+) -> None:
     mode = {"schedule": {"mode": "task_only"}}
     _, whole = run(raw_config, training={"per_device_train_batch_size": 8, "max_steps": 2}, **mode)
     cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 2}
@@ -125,7 +133,7 @@ def test_only_the_adapter_moves_and_the_streams_alternate(raw_config: dict) -> N
     kinds = [next(key for key in log if key.endswith("_loss")) for log in spy.logs[:5]]
     assert kinds == ["task_loss", "alignment_loss"] * 2 + ["task_loss"]
     assert all(not ({"loss", "grad_norm"} & log.keys()) for log in spy.logs)
-    for log, kind in zip(spy.logs, kinds):
+    for log, kind in zip(spy.logs, kinds, strict=False):
         stream = kind.removesuffix("_loss")
         other = "alignment" if stream == "task" else "task"
         assert {f"{stream}_grad_norm", f"{stream}_tokens", f"{stream}_seconds"} <= log.keys()
@@ -201,7 +209,7 @@ def test_evaluation_early_stopping_best_model_and_tensorboard(raw_config: dict, 
 def test_gradient_checkpointing_changes_nothing(raw_config: dict) -> None:
     _, plain = run(raw_config, training={"max_steps": 2})
     _, saved = run(raw_config, training={"max_steps": 2, "gradient_checkpointing": True})
-    for one, other in zip(saved.gradients, plain.gradients):
+    for one, other in zip(saved.gradients, plain.gradients, strict=True):
         assert_same(one, other)
 
 

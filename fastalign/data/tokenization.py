@@ -235,7 +235,7 @@ class PromptTokenizer:
         keep = 1 if input_ids[0] == self.tokenizer.bos_token_id else 0
         cut = max(0, min(excess, last - max(keep, 1)))  # something has to come before the first token to be learnt
         first = keep + cut
-        while cut and first < last and labels[first] != IGNORE_INDEX:  # an earlier answer without its beginning
+        while cut and first < last and labels[first] != IGNORE_INDEX:  # an earlier answer without its prompt
             labels[first] = IGNORE_INDEX
             first += 1
         input_ids, labels = input_ids[:keep] + input_ids[keep + cut :], labels[:keep] + labels[keep + cut :]

@@ -166,9 +166,7 @@ def _check_layer(parts: _Parts, layer: object) -> None:
     if not isinstance(layer, int) or isinstance(layer, bool) or not 1 <= layer <= total:
         raise ConfigError(f"layer must be an int in 1..{total} (the output of that block), got {layer!r}")
     if parts.owner.training and getattr(parts.owner, "layerdrop", None):
-        raise ModelError(
-            f"{type(parts.causal).__name__} skips blocks at random: set layerdrop to 0 to train it"
-        )
+        raise ModelError(f"{type(parts.causal).__name__} skips blocks at random: set layerdrop to 0 to train it")
 
 
 def _unsupported(parts: _Parts, why: str) -> ModelError:
@@ -301,9 +299,7 @@ class _Watch:
         last = self.layers[-1]
         expected = [int(index < last) for index in range(len(self.runs))]
         if self.runs != expected:
-            raise _unsupported(
-                self.parts, f"for layer {last} its blocks ran {self.runs} times, not {expected}"
-            )
+            raise _unsupported(self.parts, f"for layer {last} its blocks ran {self.runs} times, not {expected}")
         if self.norm_too_early:
             raise _unsupported(self.parts, "what looks like its final norm also runs before the last block")
         for index, copy in self.copies.items():

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from fastalign_kernels import masked_mean_pool
 
 from fastalign.data.tokenization import SentenceTokenizer
+from fastalign.errors import ConfigError
 from fastalign.model.early_exit import hidden_at
+from fastalign_kernels import masked_mean_pool
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,7 +68,7 @@ def encode(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = {name: part.to(device) for name, part in tokenizer([texts[i] for i in chosen]).items()}
-            for i, vector in zip(chosen, pooled_at(model, [layer], batch)[0].cpu()):
+            for i, vector in zip(chosen, pooled_at(model, [layer], batch)[0].cpu(), strict=True):
                 vectors[i] = vector
     finally:
         model.train(training)
@@ -80,8 +81,6 @@ def resolve_layer(spec: int | float | str, num_layers: int) -> int:
     Raises:
         ConfigError: the index is outside 1..num_layers.
     """
-    from fastalign.errors import ConfigError
-
     if spec == "middle":
         spec = 0.5
     index = max(1, round(spec * num_layers)) if isinstance(spec, float) else spec

@@ -77,10 +77,10 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
                 options["device_map"] = {"": torch.cuda.current_device()}
         model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **options)
     for module in model.modules():
-        # On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weight at its first use in evaluation mode, and the
-        # product with a repacked weight has no gradient: training after an evaluation would go on without one, silently.
+        # On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weight at its first use in evaluation mode, and
+        # the product with a repacked weight has no gradient: training after an evaluation would lack it, silently.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return model.requires_grad_(False)
 
 
@@ -154,7 +154,9 @@ class _reaching:
             return
         if Path(self.name).is_dir():
             reason = str(error).split("\n")[0][:300]
-            raise ModelError(f"model.name_or_path: the folder {self.name!r} holds no usable {self.what}: {reason}") from error
+            raise ModelError(
+                f"model.name_or_path: the folder {self.name!r} holds no usable {self.what}: {reason}"
+            ) from error
         if self.name.startswith((".", "/", "~")) or self.name.count("/") > 1:
             raise ModelError(f"model.name_or_path: the folder {self.name!r} does not exist") from error
         raise ModelError(

@@ -95,7 +95,7 @@ class AlignmentStream(Stream):
                     meaning=micro_batch.inputs["meaning"] if config.mask_equal_meaning else None,
                 )
             )
-        return torch.stack([weight * loss for weight, loss in zip(self.layer_weights, losses)]).sum()
+        return torch.stack([weight * loss for weight, loss in zip(self.layer_weights, losses, strict=True)]).sum()
 
     def _collate(self, pairs: Sequence[Pair]) -> MicroBatch:
         """Sources in the first half of the rows, their targets in the second."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -63,7 +64,7 @@ class Stream(abc.ABC):
         rows = self.sampler.rows(start, start + self.rows_per_step)
         count = -(-len(rows) // self.micro_batch_size)
         edges = [i * len(rows) // count for i in range(count + 1)]
-        return [self.collate(rows[first:end]) for first, end in zip(edges, edges[1:])]
+        return [self.collate(rows[first:end]) for first, end in pairwise(edges)]
 
     @abc.abstractmethod
     def collate(self, rows: Sequence[int]) -> MicroBatch:
@@ -71,6 +72,7 @@ class Stream(abc.ABC):
 
     def begin_step(self, model: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
         """Called once before the losses of an optimizer step, on all ranks, with all of this rank's micro-batches."""
+        return None
 
     @abc.abstractmethod
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:

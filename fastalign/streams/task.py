@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,9 @@ class TaskStream(Stream):
         encoded = [self.tokenizer(example) for example in examples]
         labels = pad([labels for _, labels in encoded], IGNORE_INDEX)
         inputs = {
-            "input_ids": pad([ids for ids, _ in encoded], self.tokenizer.tokenizer.pad_token_id or 0),
+            "input_ids": pad(
+                [ids for ids, _ in encoded], cast("int | None", self.tokenizer.tokenizer.pad_token_id) or 0
+            ),
             "attention_mask": pad([[1] * len(ids) for ids, _ in encoded], 0),
             "labels": labels,
         }

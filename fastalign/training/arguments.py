@@ -41,7 +41,7 @@ def training_arguments(config: Config, can_evaluate: bool) -> TrainingArguments:
     for key in user:
         if key not in known:
             raise ConfigError(
-                f"unknown key training.{key}{nearest(key, known)}; it must be an argument of transformers.TrainingArguments"
+                f"unknown key training.{key}{nearest(key, known)}; the keys are those of transformers.TrainingArguments"
             )
     values: dict[str, Any] = {**TRAINING_DEFAULTS, **_hardware_defaults(user), **user}
     if not can_evaluate:

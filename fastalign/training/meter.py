@@ -64,7 +64,7 @@ class StreamMeter(TrainerCallback, ExportableState):
             norms = [float(step.grad_norm) for step in steps if step.grad_norm is not None]
             self.losses.setdefault(stream, []).extend(losses)
             totals = self.totals.setdefault(stream, dict.fromkeys(COUNTERS, 0.0))
-            for name, value in zip(COUNTERS, (tokens, items, seconds)):
+            for name, value in zip(COUNTERS, (tokens, items, seconds), strict=True):
                 totals[name] += value
             logs[f"{stream}_loss"] = sum(losses) / len(losses)
             if norms:
@@ -75,7 +75,7 @@ class StreamMeter(TrainerCallback, ExportableState):
         return logs
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """The `streams` part of summary.json; loss_first and loss_last are means over a tenth of the steps, at least 3."""
+        """The `streams` part of summary.json; loss_first and loss_last: means over a tenth of the steps, at least 3."""
         result = {}
         for stream, losses in self.losses.items():
             tenth = min(len(losses), max(3, len(losses) // 10))

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +25,10 @@ from fastalign.streams.base import Stream, rank_and_world_size
 from fastalign.streams.task import TaskStream
 from fastalign.training.arguments import training_arguments
 from fastalign.training.interrupt import SaveOnInterrupt
+from fastalign.training.output import checkpoint_to_resume, clear, require_free_folder
 from fastalign.training.schedule import Schedule
 from fastalign.training.trainer import AlignTrainer
 
-RESULTS = ("adapter_config.json", "adapter_model.safetensors", "config.yaml", "summary.json")
 MAX_HELD_OUT = {"task": 500, "alignment": 1_000}
 
 
@@ -51,8 +49,8 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
     started = time.perf_counter()
     schedule = Schedule(config.schedule.mode, config.schedule.ratio)
     _require_data(config, schedule)
-    checkpoint = _checkpoint_to_resume(config)
-    _require_free_folder(config.output_dir, overwrite or checkpoint is not None)
+    checkpoint = checkpoint_to_resume(config)
+    require_free_folder(config.output_dir, overwrite or checkpoint is not None)
     layers = _layers(config)
     tokenizer = load_tokenizer(config.model)
     task = _read_task(config) if config.task.data else None
@@ -62,7 +60,10 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
         raise ConfigError("alignment.negatives: world is not supported on several ranks yet; use rank")
 
     sentences = SentenceTokenizer(
-        tokenizer, config.alignment.skip_first_token, config.alignment.pooling, _room(config, config.alignment.max_length)
+        tokenizer,
+        config.alignment.skip_first_token,
+        config.alignment.pooling,
+        _room(config, config.alignment.max_length),
     )
     streams: dict[str, Stream] = {}
     if task:
@@ -71,7 +72,9 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
         streams["alignment"] = AlignmentStream(
             *pairs,
             sentences,
-            Sampler([pair.direction for pair in pairs[0]], config.alignment.language_temperature, args.seed, "alignment"),
+            Sampler(
+                [pair.direction for pair in pairs[0]], config.alignment.language_temperature, args.seed, "alignment"
+            ),
             config.alignment,
             layers,
             accumulation=args.gradient_accumulation_steps,
@@ -93,7 +96,7 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
         callbacks=[interrupt, *callbacks],
     )
     if rank_and_world_size()[0] == 0:
-        _clear(config.output_dir, keep_checkpoints=checkpoint is not None)
+        clear(config.output_dir, keep_checkpoints=checkpoint is not None)
         config.output_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, config.output_dir / "config.yaml")
     if probe is not None:
@@ -129,59 +132,6 @@ def _require_data(config: Config, schedule: Schedule) -> None:
             raise ConfigError(f"{name}.data is missing; give it, or set schedule.mode: {other}")
 
 
-def _checkpoint_to_resume(config: Config) -> str | None:
-    """The checkpoint folder that ``training.resume_from_checkpoint`` asks for."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    wanted = config.training.get("resume_from_checkpoint")
-    if wanted in (None, False):
-        return None
-    if wanted is True:
-        last = get_last_checkpoint(str(config.output_dir)) if config.output_dir.is_dir() else None
-        if last is None:
-            print(f"no checkpoint in {config.output_dir}: starting from the beginning", file=sys.stderr)
-        return last
-    if not isinstance(wanted, str) or not (Path(wanted) / "trainer_state.json").is_file():
-        raise ConfigError(f"training.resume_from_checkpoint: {wanted!r} is not a checkpoint folder, true or false")
-    return wanted
-
-
-def _require_free_folder(folder: Path, allowed: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"training.output_dir: {str(folder)!r} is a file, not a folder")
-    found = _results_in(folder)
-    if found and not allowed:
-        raise ConfigError(
-            f"training.output_dir: {str(folder)!r} holds results ({found[0].name}); choose another folder, add "
-            "--overwrite, or continue with training.resume_from_checkpoint=true"
-        )
-    parent = folder
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        probe = parent / f".fastalign-{time.time_ns()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"training.output_dir: cannot write to {str(parent)!r} ({error.strerror})") from None
-
-
-def _results_in(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return [*folder.glob("checkpoint-*"), *(folder / name for name in RESULTS if (folder / name).exists())]
-
-
-def _clear(folder: Path, keep_checkpoints: bool) -> None:
-    """Remove the results of an earlier run, and nothing else."""
-    for path in _results_in(folder):
-        if path.is_dir():
-            if not keep_checkpoints:
-                shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 def _layers(config: Config) -> list[int]:
     depth = load_model_config(config.model).get_text_config().num_hidden_layers
     specs = config.alignment.layer if isinstance(config.alignment.layer, list) else [config.alignment.layer]
@@ -205,9 +155,7 @@ def _read_task(config: Config) -> tuple[list[TaskExample], list[TaskExample]]:
     examples = reader.read(task.data, "task.data")
     if task.eval_data is not None:
         return examples, reader.read(task.eval_data, "task.eval_data")[: MAX_HELD_OUT["task"]]
-    return _split(
-        examples, lambda e: "\x1f".join(m["content"] for m in e.messages), task.eval_share, "task"
-    )
+    return _split(examples, lambda e: "\x1f".join(m["content"] for m in e.messages), task.eval_share, "task")
 
 
 def _read_alignment(config: Config) -> tuple[list[Pair], list[Pair]]:
@@ -237,6 +185,7 @@ def _split(rows: list, key: Callable[[Any], str], share: float, name: str) -> tu
 
 def _task_stream(config: Config, task: tuple[list, list], tokenizer: Any, args: Any) -> TaskStream:
     prompts = PromptTokenizer(tokenizer, config.task.chat_template, _room(config, config.task.max_length))
+    prompts.check([*task[0], *task[1]])
     languages = [example.language for example in task[0]]
     return TaskStream(
         *task,

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class AlignTrainer(Trainer):
         refuse_zero3(bool(args.deepspeed), schedule.mode)
         self.streams, self.schedule, self.retrieval = dict(streams), schedule, retrieval
         self.meter = StreamMeter()
-        self._first_norm: tuple[str, list[torch.Tensor | None]] | None = None
+        self._kept: list[torch.Tensor | None] = []  # the first stream's gradient in a step of two
         first = self.streams[schedule.streams[0]]
         epoch = first.steps_per_epoch(args.world_size)
         self._steps_per_epoch = max(1, schedule.steps(math.ceil(epoch)))
@@ -118,15 +119,14 @@ class AlignTrainer(Trainer):
                 work.append(_Work(name, batch, batches if i == 0 else None, closes_stream=last, closes_step=False))
         work[-1].closes_step = True
         edges = [i * len(work) // num_batches for i in range(num_batches + 1)]
-        return [work[start:end] for start, end in zip(edges, edges[1:])], None
+        return [work[start:end] for start, end in pairwise(edges)], None
 
     def training_step(
         self, model: torch.nn.Module, inputs: list[_Work], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Forward and backward of one tick. Returns the sum of its losses, detached."""
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
+        self._optimizer_mode("train")
         total = torch.zeros((), device=self.args.device)
         for work in inputs:
             stream = self.streams[work.stream]
@@ -151,8 +151,10 @@ class AlignTrainer(Trainer):
     ) -> dict[str, float]:
         """Held-out loss of every stream and retrieval; the arguments are the parent's, `eval_dataset` is not used."""
         start = time.perf_counter()
-        model, training = self.model_wrapped, self.model_wrapped.training
+        model: Any = self.model_wrapped
+        training = model.training
         model.eval()
+        self._optimizer_mode("eval")
         metrics: dict[str, float] = {}
         for stream in self.streams.values():
             metrics.update(stream.evaluate(model, self.args.device))
@@ -184,7 +186,12 @@ class AlignTrainer(Trainer):
     def _track_num_input_tokens(self, inputs: list[_Work]) -> None:
         if self.args.include_num_input_tokens_seen != "no":
             tokens = torch.tensor(sum(work.micro_batch.tokens for work in inputs), device=self.args.device)
-            self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
+            self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens, "sum"))  # type: ignore[arg-type]
+
+    def _optimizer_mode(self, mode: str) -> None:
+        switch = getattr(self.optimizer, mode, None)  # schedule-free optimizers have modes, as modules do
+        if callable(switch):
+            switch()
 
     def _backward(self, loss: torch.Tensor) -> None:
         kwargs = {}
@@ -215,27 +222,25 @@ class AlignTrainer(Trainer):
         """Gradient norm of the stream that just closed, before clipping.
 
         Two streams in one step share `.grad`, so the first one's is kept aside and subtracted. On several ranks the
-        first one's is not exchanged yet, and DeepSpeed keeps no `.grad`: there only a step of one stream is measured.
+        first one's is not exchanged yet, and DeepSpeed keeps no `.grad`: there only steps of one stream are measured.
         """
-        scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        alone = len(self.schedule.at(self.state.global_step)) == 1
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            if work.closes_step and len(self.schedule.at(self.state.global_step)) == 1:
-                norm = model.get_global_grad_norm()  # type: ignore[operator]
-                if norm is not None:
-                    self.meter.grad_norm(work.stream, norm)
-        elif not work.closes_step:
-            if rank_and_world_size()[1] == 1:
-                kept = [None if p.grad is None else p.grad.clone() for p in parameters]
-                self._first_norm = (work.stream, kept)
-                self.meter.grad_norm(work.stream, _norm(kept) / scale)
-        elif self._first_norm is not None:
-            kept = self._first_norm[1]
-            rest = [p.grad if k is None or p.grad is None else p.grad - k for p, k in zip(parameters, kept)]
-            self.meter.grad_norm(work.stream, _norm(rest) / scale)
-            self._first_norm = None
-        elif len(self.schedule.at(self.state.global_step)) == 1:
-            self.meter.grad_norm(work.stream, _norm([p.grad for p in parameters]) / scale)
+            norm = model.get_global_grad_norm() if alone else None  # type: ignore[operator]
+            if norm is not None:
+                self.meter.grad_norm(work.stream, norm)
+            return
+        if not alone and rank_and_world_size()[1] > 1:
+            return
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        if not alone and not work.closes_step:
+            self._kept = [None if gradient is None else gradient.clone() for gradient in gradients]
+        elif not alone:
+            pairs = zip(gradients, self._kept, strict=True)
+            gradients = [g if g is None or kept is None else g - kept for g, kept in pairs]
+            self._kept = []
+        scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
+        self.meter.grad_norm(work.stream, _norm(gradients) / scale)
 
 
 def _norm(tensors: list[torch.Tensor | None]) -> torch.Tensor:

@@ -23,7 +23,7 @@ def zero_term(model: nn.Module) -> torch.Tensor:
 
 def refuse_zero3(deepspeed: bool, mode: str) -> None:
     """ConfigError where ZeRO-3 meets steps that skip layers: they would be trained on stale gradients, in silence."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     if deepspeed and is_deepspeed_zero3_enabled() and mode != "task_only":
         raise ConfigError(

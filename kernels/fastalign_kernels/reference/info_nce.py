@@ -36,8 +36,10 @@ def info_nce(
     Raises:
         ValueError: the shapes do not fit, or the temperature is not above 0. TypeError: not floating point.
     """
-    if source.dim() != 2 or source.shape != target.shape or source.shape[0] == 0:
-        raise ValueError(f"need source and target (N, D), got {tuple(source.shape)} and {tuple(target.shape)}")
+    if source.dim() != 2 or source.shape != target.shape or 0 in source.shape:
+        raise ValueError(
+            f"need source and target (N, D), N and D above 0, got {tuple(source.shape)} and {tuple(target.shape)}"
+        )
     if not (source.is_floating_point() and target.is_floating_point()):
         raise TypeError(f"source and target must be floating point, not {source.dtype} and {target.dtype}")
     if not temperature > 0:
