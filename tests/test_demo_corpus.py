@@ -86,9 +86,7 @@ def test_draws_are_the_same_in_every_process():
     here = ascii([task_rows("test", ["tr"], 3, 1), parallel_rows(3, 1), plain_text("hi", 3, 1)])
     for hash_seed in ("1", "2"):
         env = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
-        run = subprocess.run(
-            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-        )
+        run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         assert run.stdout.strip() == here
 
 
@@ -112,9 +110,7 @@ def test_plain_texts_are_not_parallel():
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_tags_are_bio_and_the_spans_are_the_values(split: Literal["train", "test"]):
     known = {
-        (language, value.kind, " ".join(value.words[language]))
-        for value in phrases("values")
-        for language in LANGUAGES
+        (language, value.kind, " ".join(value.words[language])) for value in phrases("values") for language in LANGUAGES
     }
     for row in all_rows(split):
         assert len(row["tokens"]) == len(row["slots"])
@@ -142,18 +138,13 @@ def test_an_example_is_labelled_as_by_hand():
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_rows_of_an_id_are_translations(split: Literal["train", "test"]):
     """The same intent and slot types, and value by value the translation that the table has."""
-    translations = {
-        tuple(" ".join(value.words[language]) for language in LANGUAGES) for value in phrases("values")
-    }
+    translations = {tuple(" ".join(value.words[language]) for language in LANGUAGES) for value in phrases("values")}
     for rows in by_id(all_rows(split)).values():
         assert set(rows) == set(LANGUAGES)
         assert len({row["intent"] for row in rows.values()}) == 1
         assert len({tuple(sorted(kind for kind, _, _ in bio_spans(r["slots"]))) for r in rows.values()}) == 1
         filled = [
-            {
-                kind: " ".join(rows[language]["tokens"][a:b])
-                for kind, a, b in bio_spans(rows[language]["slots"])
-            }
+            {kind: " ".join(rows[language]["tokens"][a:b]) for kind, a, b in bio_spans(rows[language]["slots"])}
             for language in LANGUAGES
         ]
         for kind in filled[0]:

@@ -70,8 +70,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "bloom": {},
     "mpt": {"max_seq_len": 64},
-    "gpt_oss": MOE
-    | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gpt_oss": MOE | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "nemotron": {},
     "starcoder2": {"sliding_window": 4},
     "cohere2": {"logit_scale": 0.25, "sliding_window": 4},
@@ -153,9 +152,7 @@ def traces(model: nn.Module) -> tuple:
 def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], atol: float = 1e-6) -> None:
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
-        torch.testing.assert_close(
-            found[name], gradient, rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # ---------------------------------------------------------------------------------------------- families
@@ -203,9 +200,7 @@ def test_gradients_reach_exactly_what_lies_below(family: str):
 # ----------------------------------------------------------------------------------------- ways to train
 
 
-@pytest.mark.parametrize(
-    "family", ["llama", "gpt2", "gpt_neox", "falcon", "mixtral", "opt", "bloom", "gpt_oss"]
-)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "falcon", "mixtral", "opt", "bloom", "gpt_oss"])
 @pytest.mark.parametrize("layers", [2, [1, 2], [3, 1, 2]])
 def test_gradient_checkpointing(family: str, layers: Any):
     silent = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0}
@@ -245,9 +240,7 @@ def test_lora(family: str):
         found = gradients(model, state)
         assert_same(found, gradients(model, reference))
         assert found and all("lora_" in name for name in found)
-    assert torch.equal(
-        hidden_at(base, 2, **batch()), hidden_at(model, 2, **batch())
-    )  # the inner model works too
+    assert torch.equal(hidden_at(base, 2, **batch()), hidden_at(model, 2, **batch()))  # the inner model works too
     # transformers' recorders are hooks that stay; the reference forwards above put them there
     assert [m[:2] for m in traces(model)[0]] == [m[:2] for m in before[0]]
     assert torch.equal(model(**batch()).logits, logits)
@@ -364,9 +357,7 @@ def test_restored_after_an_exception_inside_the_forward(verified: bool, layers: 
     if verified:
         hidden_at(model, layers, **batch())
     before = traces(model)
-    with pytest.raises(
-        IndexError
-    ):  # an id beyond the vocabulary: the caller's mistake, not the architecture's
+    with pytest.raises(IndexError):  # an id beyond the vocabulary: the caller's mistake, not the architecture's
         hidden_at(model, layers, input_ids=torch.tensor([[99]]))
     assert traces(model) == before
     hook = blocks_of(model)[0].register_forward_hook(lambda *_: 1 / 0)
@@ -647,9 +638,7 @@ def test_bad_layers(layer: Any):
 
 
 def test_models_that_are_not_causal_decoders():
-    t5 = T5ForConditionalGeneration(
-        T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
-    )
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2))
     ambiguous = Toy(Decoder)
     ambiguous.model.others = nn.ModuleList(nn.Identity() for _ in range(4))
     missing = Toy(Decoder)

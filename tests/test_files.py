@@ -69,6 +69,7 @@ def refusal(spec: str | list[str]) -> str:
 @pytest.mark.parametrize("kind", ["jsonl", "ndjson", "json", "JSONL"])
 def test_jsonl_in_every_compression(write, kind, ending):
     assert rows_of(write(f"a.{kind}{ending}", COMPRESS[ending](LINES))) == ROWS
+    assert rows_of(write(f"b.{kind}{ending.upper()}", COMPRESS[ending](LINES))) == ROWS
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
@@ -169,10 +170,10 @@ def test_parquet(tmp_path):
         {"messages": [{"role": "user", "content": "a"}], "n": 1, "kk": None},
         {"messages": None, "n": 2, "kk": "қ"},
     ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=1)
-    [source] = read_sources(str(tmp_path / "a.parquet"), "k")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a[1].parquet", row_group_size=1)
+    [source] = read_sources(str(tmp_path / "a[1].parquet"), "k")
     assert source.rows == rows
-    assert source.where(1).endswith("a.parquet, row 2")
+    assert source.where(1).endswith("a[1].parquet, row 2")
 
 
 @pytest.mark.parametrize(
@@ -304,6 +305,8 @@ def test_aligned_text(write):
     assert "has 3 lines and" in refusal([write("d.de", "1\n2\n3\n"), short])
     assert "cannot tell what" in refusal([write("e.de", "1\n"), write("f.en", "1\n")])
     assert "cannot tell what" in refusal(short)
+    assert "cannot tell what" in refusal([write("g.de", "1\n"), write("g.de.gz", gzip.compress(b"1\n"))])
+    assert "cannot tell what" in refusal([write("g", "1\n"), write("g.de", "1\n")])
 
 
 def test_plain_suffix():

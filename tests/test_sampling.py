@@ -118,6 +118,9 @@ def test_seed_name_and_epoch_give_other_orders():
     orders = [tuple(Sampler(UNEVEN, 1.0, seed, name).rows(0, 100)) for seed in (0, 1) for name in ("task", "alignment")]
     assert len(set(orders)) == 4
     assert sum(i == row for i, row in enumerate(orders[0])) < 10, "it is shuffled"
+    sampler = Sampler(UNEVEN, 1.0, 0, "x")
+    languages = [[UNEVEN[row] for row in epoch_of(sampler, number)] for number in range(2)]
+    assert languages[0] != languages[1]
 
 
 def test_one_language_and_one_row():

@@ -204,6 +204,8 @@ def test_languages(write):
         ("chat", {"messages": []}, "must begin with a prompt and end with the assistant's answer"),
         ("chat", {"messages": [{"role": "user", "content": "a"}]}, "end with the assistant's answer"),
         ("chat", {"messages": [{"role": "assistant", "content": "a"}]}, "must begin with a prompt"),
+        ("chat", {"messages": [{"role": "assistant", "content": "a"}] * 2}, "must begin with a prompt"),
+        ("chat", {"messages": [{"role": "user", "content": "a"}] * 2}, "end with the assistant's answer"),
         ("chat", {"messages": ["a"]}, "every message needs a role and a content"),
         ("chat", {"messages": [{"from": "human", "value": "a"}]}, "every message needs a role and a content"),
         ("chat", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "both text"),

@@ -70,9 +70,7 @@ class Meaning(NamedTuple):
                     yield part, f"{'I' if i else 'B'}-{slot}"
 
 
-def task_rows(
-    split: Literal["train", "test"], languages: Sequence[str], n: int, seed: int
-) -> list[dict[str, Any]]:
+def task_rows(split: Literal["train", "test"], languages: Sequence[str], n: int, seed: int) -> list[dict[str, Any]]:
     """`n` labelled rows per language; rows with the same id are translations of one another.
 
     Which meanings are drawn, and their ids, do not depend on `languages`.

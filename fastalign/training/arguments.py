@@ -24,15 +24,17 @@ NUMBERS = {
 }  # fmt: skip
 
 
-def training_arguments(config: Config, can_evaluate: bool) -> TrainingArguments:
-    """The user's settings over our defaults; `resume_from_checkpoint` stays ours and is not handed on.
+def effective_training(config: Config, can_evaluate: bool) -> dict[str, Any]:
+    """The ``training:`` section as it is in force: the user's settings over our defaults.
+
+    `resume_from_checkpoint` is not among them: it says how a run is started, not what it does.
 
     Args:
         config: the whole configuration.
         can_evaluate: whether anything is held out to evaluate on.
 
     Raises:
-        ConfigError: an unknown key, or a value that TrainingArguments refuses.
+        ConfigError: an unknown key, a value of the wrong type, or an evaluation of nothing.
     """
     from transformers import TrainingArguments
 
@@ -54,6 +56,13 @@ def training_arguments(config: Config, can_evaluate: bool) -> TrainingArguments:
             raise ConfigError(f"training.{key} must be a number, not {user[key]!r}")
     if user.get("max_steps") == 0:
         raise ConfigError("training.max_steps must be above 0, or left out to train for num_train_epochs")
+    return values
+
+
+def training_arguments(values: dict[str, Any]) -> TrainingArguments:
+    """`transformers.TrainingArguments` of these values. ConfigError with its reason where it refuses them."""
+    from transformers import TrainingArguments
+
     try:
         arguments = TrainingArguments(**values)
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:

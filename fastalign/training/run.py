@@ -7,13 +7,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fastalign.config import Config, TaskConfig, save_config
 from fastalign.data.parallel import Pair, read_pairs
-from fastalign.data.sampling import Sampler, held_out
+from fastalign.data.sampling import Sampler, held_out, stable_hash
 from fastalign.data.templates import TaskExample, TaskReader
 from fastalign.data.tokenization import PromptTokenizer, SentenceTokenizer
 from fastalign.errors import ConfigError, DataError
@@ -23,7 +24,7 @@ from fastalign.probing.retrieval import choose_pairs, retrieval
 from fastalign.streams.alignment import AlignmentStream
 from fastalign.streams.base import Stream, rank_and_world_size
 from fastalign.streams.task import TaskStream
-from fastalign.training.arguments import training_arguments
+from fastalign.training.arguments import effective_training, training_arguments
 from fastalign.training.interrupt import SaveOnInterrupt
 from fastalign.training.output import checkpoint_to_resume, clear, require_free_folder
 from fastalign.training.schedule import Schedule
@@ -55,7 +56,8 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
     tokenizer = load_tokenizer(config.model)
     task = _read_task(config) if config.task.data else None
     pairs = _read_alignment(config) if config.alignment.data or config.alignment.eval_data else None
-    args = training_arguments(config, can_evaluate=bool((task and task[1]) or (pairs and pairs[1])))
+    config = replace(config, training=effective_training(config, bool((task and task[1]) or (pairs and pairs[1]))))
+    args = training_arguments(config.training)
     if config.alignment.negatives == "world" and args.world_size > 1:
         raise ConfigError("alignment.negatives: world is not supported on several ranks yet; use rank")
 
@@ -70,7 +72,8 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
         streams["task"] = _task_stream(config, task, tokenizer, args)
     if pairs and config.alignment.data:
         streams["alignment"] = AlignmentStream(
-            *pairs,
+            pairs[0],
+            _some(pairs[1], "alignment", lambda pair: pair.source + pair.target),
             sentences,
             Sampler(
                 [pair.direction for pair in pairs[0]], config.alignment.language_temperature, args.seed, "alignment"
@@ -154,8 +157,8 @@ def _read_task(config: Config) -> tuple[list[TaskExample], list[TaskExample]]:
     assert task.data is not None
     examples = reader.read(task.data, "task.data")
     if task.eval_data is not None:
-        return examples, reader.read(task.eval_data, "task.eval_data")[: MAX_HELD_OUT["task"]]
-    return _split(examples, lambda e: "\x1f".join(m["content"] for m in e.messages), task.eval_share, "task")
+        return examples, _some(reader.read(task.eval_data, "task.eval_data"), "task", _text)
+    return _split(examples, _text, task.eval_share, "task")
 
 
 def _read_alignment(config: Config) -> tuple[list[Pair], list[Pair]]:
@@ -181,6 +184,15 @@ def _split(rows: list, key: Callable[[Any], str], share: float, name: str) -> tu
     if not train:
         raise DataError(f"{name}.data: only {len(rows)} rows, and all are held out; give eval_data or eval_share: 0")
     return train, kept
+
+
+def _some(rows: list, name: str, key: Callable[[Any], str]) -> list:
+    """At most as many rows as are evaluated, drawn and mixed by the hash of their content."""
+    return sorted(rows, key=lambda row: stable_hash(key(row)))[: MAX_HELD_OUT[name]]
+
+
+def _text(example: TaskExample) -> str:
+    return "\x1f".join(message["content"] for message in example.messages)
 
 
 def _task_stream(config: Config, task: tuple[list, list], tokenizer: Any, args: Any) -> TaskStream:
