@@ -25,7 +25,7 @@ Summary = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     first_rank = os.environ.get("RANK", "0") == "0"
     for library in ("bitsandbytes", "kernels"):  # they warn of optional kernels that they did not find
         logging.getLogger(library).setLevel(logging.ERROR)
@@ -38,12 +38,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 1, first_rank)
     except RuntimeError as error:
-        if "out of memory" not in str(error).lower():
+        if not any(sign in str(error).lower() for sign in ("out of memory", "can't allocate memory")):
             raise
         return _fail(f"out of memory: {str(error).splitlines()[0]}", 1, True)
     if first_rank:
         print(json.dumps(result, indent=2) if arguments.json else arguments.table(result))
     return 1 if result.get("interrupted") else 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """As `parse_args`, but overrides may also stand behind an option, where argparse does not look for them."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    behind = [word for word in rest if "=" in word and not word.startswith("-")]
+    if hasattr(arguments, "overrides"):
+        arguments.overrides += behind
+        rest = [word for word in rest if word not in behind]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
 
 
 def _fail(message: str, code: int, say: bool) -> int:

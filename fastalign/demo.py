@@ -26,7 +26,7 @@ from fastalign.data.tokenization import IGNORE_INDEX, PromptTokenizer, pad
 from fastalign.errors import ConfigError
 from fastalign.training.run import train
 
-SENTENCES, PRETRAINING_STEPS, TASK_STEPS, TEST_ROWS, LAYER = 3_000, 500, 150, 60, 3
+SENTENCES, PRETRAINING_STEPS, TASK_STEPS, RATIO, TEST_ROWS, LAYER = 3_000, 500, 150, 2, 60, 3
 MODEL = {
     "hidden_size": 160,
     "intermediate_size": 416,
@@ -54,6 +54,8 @@ def demo(out: str | Path, *, seed: int = 2, overwrite: bool = False) -> dict[str
     """
     started = time.perf_counter()
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out: {str(out)!r} is a file, not a folder")
     if (out / "demo.json").exists() and not overwrite:
         raise ConfigError(f"--out: {str(out)!r} holds an earlier demo; choose another folder or add --overwrite")
     out.mkdir(parents=True, exist_ok=True)
@@ -83,10 +85,10 @@ def _config(out: Path, files: dict[str, Path], arm: str, mode: str, seed: int) -
             "adapter": {"r": 16, "alpha": 32.0},
             "task": {"data": str(files["task.train"]), "template": "slots", "system": "", "eval_share": 0.1},
             "alignment": {"data": str(files["parallel"]), "eval_share": 0.1, "layer": LAYER, "batch_size": 64},
-            "schedule": {"mode": mode},
+            "schedule": {"mode": mode, "ratio": float(RATIO)},
             "training": {
                 "output_dir": str(out / arm),
-                "max_steps": TASK_STEPS * (2 if mode == "alternate" else 1),
+                "max_steps": TASK_STEPS * (1 + RATIO if mode == "alternate" else 1),
                 "per_device_train_batch_size": 16,
                 "learning_rate": 2e-3,
                 "logging_steps": 50,

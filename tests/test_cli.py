@@ -117,6 +117,17 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "no model": (["model.name_or_path=''"], ["model.name_or_path"]),
     "a model that cannot be reached": (["model.name_or_path=no-such/model"], ["model.name_or_path", "no-such/model"]),
+    "a reporter that is not installed": (["training.report_to=wandb"], ["training", "wandb"]),
+    "an optimizer that is not installed": (["training.optim=galore_adamw"], ["training", "galore"]),
+    "a batch of no rows": (["training.per_device_train_batch_size=0"], ["per_device_train_batch_size", "at least 1"]),
+    "half a step": (["training.max_steps=2.5"], ["training.max_steps", "an integer"]),
+    "no epochs": (["training.max_steps=-1", "training.num_train_epochs=0"], ["training.num_train_epochs"]),
+    "a key that would do nothing": (["training.label_smoothing_factor=0.1"], ["label_smoothing_factor", "no effect"]),
+    "an output folder that is no text": (["training.output_dir=3"], ["training.output_dir"]),
+    "a metric of a stream with nothing held out": (
+        ["task.eval_share=0", "training.metric_for_best_model=eval_task_loss"],
+        ["metric_for_best_model", "eval_alignment_loss"],
+    ),
     "no task data": (["task.data=null"], ["task.data is missing", "align_only"]),
     "no alignment data": (["alignment.data=null"], ["alignment.data is missing", "task_only"]),
     "wrong template": (["task.template=slots"], ["line 1", "tokens", "prompt, response"]),
@@ -203,7 +214,7 @@ def test_help_teaches_every_key(capsys: pytest.CaptureFixture) -> None:
     text = capsys.readouterr().out
     for section in SECTIONS:
         for name, _, _, meaning in describe(section):
-            assert f"  {name}  (" in text and meaning.split()[0] in text
+            assert f"  {name}  (" in text and " ".join(meaning.split()) in " ".join(text.split())
     assert all(name in text for name in TRAINING_DEFAULTS)
 
 
@@ -214,6 +225,22 @@ def test_resuming_a_run_that_has_no_checkpoint_yet_starts_over_and_says_so(
     (tmp_path / "out" / "config.yaml").write_text("{}")  # what a run leaves that was killed early
     assert main(["train", str(config_file), "training.resume_from_checkpoint=true"]) == 0
     assert "starting from the beginning" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_behind_options(config_file: Path, tmp_path: Path) -> None:
+    assert main(["train", str(config_file), "training.max_steps=5", "--overwrite", "training.max_steps=1"]) == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 1
+
+
+def test_another_runs_checkpoint_is_no_leave_to_overwrite(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    saving = ["training.save_strategy=steps", "training.save_steps=1", f"training.output_dir={tmp_path / 'first'}"]
+    assert main(["train", str(config_file), *saving]) == 0
+    assert main(["train", str(config_file)]) == 0
+    capsys.readouterr()
+    resume = f"training.resume_from_checkpoint={tmp_path / 'first' / 'checkpoint-1'}"
+    assert "holds results" in complaint(capsys, "train", str(config_file), resume)
 
 
 def test_overwrite_replaces_results_and_nothing_else(config_file: Path, tmp_path: Path) -> None:

@@ -166,6 +166,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(raw_config: dict, tmp_pat
     raw = copy.deepcopy(raw_config)
     raw["adapter"]["dropout"] = 0.2
     raw["training"] |= {"max_steps": 7, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
+    raw["training"]["logging_steps"] = 3  # not where checkpoints are: what was not logged yet must not be lost
     raw["training"]["output_dir"] = str(tmp_path / "whole")
     whole = train(config_from_dict(raw))
     raw["training"]["output_dir"] = str(tmp_path / "halves")
@@ -177,6 +178,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(raw_config: dict, tmp_pat
         for key in ("steps", "loss_first", "loss_last", "tokens"):
             assert resumed["streams"][stream][key] == whole["streams"][stream][key], (stream, key)
     assert resumed["retrieval"] == whole["retrieval"]
+    assert train(config_from_dict(raw))["steps"] == 7  # a finished run takes no further step
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "halves")]
     assert weights[0] == weights[1]
 
@@ -200,6 +202,8 @@ def test_evaluation_early_stopping_best_model_and_tensorboard(raw_config: dict, 
     assert summary["evaluation"]["eval_loss"] == summary["evaluation"]["eval_task_loss"]
     best = (out / "checkpoint-2" / "adapter_model.safetensors").read_bytes()
     assert (out / "adapter_model.safetensors").read_bytes() == best
+    at_best = next(log for log in history["log_history"] if log["step"] == 2 and "eval_task_loss" in log)
+    assert summary["evaluation"]["eval_task_loss"] == at_best["eval_task_loss"]
     logs = next(path for path in out.rglob("events.out.tfevents*"))
     events = EventAccumulator(str(logs.parent))
     events.Reload()

@@ -79,6 +79,8 @@ def validate(config: Config) -> None:
     _need(adapter.r >= 1, "adapter.r", "at least 1", adapter.r)
     _need(0 < adapter.alpha < float("inf"), "adapter.alpha", "above 0", adapter.alpha)
     _need(0 <= adapter.dropout < 1, "adapter.dropout", "in [0, 1)", adapter.dropout)
+    folder = config.training.get("output_dir", "")
+    _need(isinstance(folder, str), "training.output_dir", "text", folder)
     ratio = config.schedule.ratio
     _need(0 < ratio < float("inf"), "schedule.ratio", "above 0 (mode: task_only for none)", ratio)
     for name, section in (("task", config.task), ("alignment", config.alignment)):

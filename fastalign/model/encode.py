@@ -54,11 +54,12 @@ def encode(
 
     Raises:
         ConfigError: `layer` is out of range. ModelError: the model is not a supported decoder.
+        TypeError: `texts` is one text.
     """
     if not isinstance(tokenizer, SentenceTokenizer):
-        if tokenizer.pad_token_id is None:
-            raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token = tokenizer.eos_token")
         tokenizer = SentenceTokenizer(tokenizer)
+    if isinstance(texts, str):
+        raise TypeError("texts must be a list of sentences, not one text")
     device = next(model.parameters()).device
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
     vectors: list[torch.Tensor] = [torch.empty(0)] * len(texts)

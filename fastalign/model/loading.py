@@ -7,20 +7,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from fastalign.config import AdapterConfig, ModelConfig
-from fastalign.errors import ConfigError, ModelError
+from fastalign.errors import ConfigError, FastalignError, ModelError
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def compute_dtype(config: ModelConfig) -> torch.dtype:
-    """The number format of the base: as configured, or bfloat16 where a GPU has it, else float32."""
+CPU = torch.device("cpu")
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device is a GPU that computes in bfloat16 itself; emulation, as on a T4, is slow."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The number format of the base: as configured, or bfloat16 where the device has it, else float32."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if has_bf16(device) else torch.float32
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -55,8 +64,12 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     return hf_config
 
 
-def load_model(config: ModelConfig) -> PreTrainedModel:
+def load_model(config: ModelConfig, device: torch.device = CPU) -> PreTrainedModel:
     """The base model, frozen, in the configured number format.
+
+    Args:
+        config: which model, and in which format.
+        device: where it will be used; a 4-bit base is put there at once, others stay on the CPU.
 
     Raises:
         ConfigError: no model is named, or it is not a decoder. ModelError: it cannot be reached or read.
@@ -68,13 +81,13 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     if not sys.stderr.isatty():
         disable_progress_bar()
     with _reaching(config, "model"):
-        options: dict[str, Any] = {"dtype": compute_dtype(config), **_origin(config)}
+        options: dict[str, Any] = {"dtype": compute_dtype(config, device), **_origin(config)}
         if config.attn_implementation != "auto":
             options["attn_implementation"] = config.attn_implementation
         if config.quantization == "nf4":
-            options["quantization_config"] = _nf4(compute_dtype(config))
-            if torch.cuda.is_available():
-                options["device_map"] = {"": torch.cuda.current_device()}
+            options["quantization_config"] = _nf4(compute_dtype(config, device))
+            if device.type == "cuda":
+                options["device_map"] = {"": device}
         model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **options)
     for module in model.modules():
         # On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weight at its first use in evaluation mode, and
@@ -150,16 +163,17 @@ class _reaching:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, (OSError, ValueError, ImportError, KeyError)):
+        expected = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
+        if not isinstance(error, expected) or isinstance(error, (torch.OutOfMemoryError, FastalignError)):
             return
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}"
         if Path(self.name).is_dir():
-            reason = str(error).split("\n")[0][:300]
             raise ModelError(
                 f"model.name_or_path: the folder {self.name!r} holds no usable {self.what}: {reason}"
             ) from error
         if self.name.startswith((".", "/", "~")) or self.name.count("/") > 1:
             raise ModelError(f"model.name_or_path: the folder {self.name!r} does not exist") from error
         raise ModelError(
-            f"model.name_or_path: {self.name!r} is neither a folder here nor a model that the hub gave "
-            f"({type(error).__name__}); check the name, the connection, and access rights if the model is gated"
+            f"model.name_or_path: {self.name!r} is neither a folder here nor a model that the hub gave; "
+            f"check the name, the connection, and access rights if the model is gated ({reason})"
         ) from error

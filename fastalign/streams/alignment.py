@@ -61,15 +61,19 @@ class AlignmentStream(Stream):
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         return self._objective(model, micro_batch) * (micro_batch.items / self.rows_per_step)
 
+    @property
+    def can_evaluate(self) -> bool:
+        return len(self.held_out) > 1
+
     @torch.no_grad()
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """``eval_alignment_loss``: the objective on the held-out pairs, always in the same batches."""
+        if not self.can_evaluate:
+            return {}
         size = self.micro_batch_size
         batches = [self.held_out[i : i + size] for i in range(0, len(self.held_out), size)]
         if len(batches) > 1 and len(batches[-1]) < size:
             batches.pop()  # fewer negatives would make it easier
-        if not batches or len(batches[0]) < 2:
-            return {}
         total = pairs = 0.0
         for i, counts in my_share(len(batches)):
             micro_batch = self._collate(batches[i]).to(device)

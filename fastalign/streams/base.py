@@ -78,6 +78,11 @@ class Stream(abc.ABC):
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         """Scalar with gradient: this micro-batch's share of the step's loss. `model` may be wrapped."""
 
+    @property
+    @abc.abstractmethod
+    def can_evaluate(self) -> bool:
+        """Whether enough is held out for `evaluate` to measure anything."""
+
     @abc.abstractmethod
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Metrics on the held-out rows, the same on all ranks; empty where nothing is held out."""

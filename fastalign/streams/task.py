@@ -57,10 +57,14 @@ class TaskStream(Stream):
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         return _summed_cross_entropy(model, micro_batch) * self._scale
 
+    @property
+    def can_evaluate(self) -> bool:
+        return bool(self.held_out)
+
     @torch.no_grad()
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """``eval_task_loss``: cross-entropy per answer token of the held-out rows."""
-        if not self.held_out:
+        if not self.can_evaluate:
             return {}
         size = self.eval_batch_size
         total, tokens = 0.0, 0

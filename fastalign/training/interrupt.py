@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from fastalign.streams.base import sum_over_ranks
+
 
 class SaveOnInterrupt(TrainerCallback):
     """The first SIGINT ends the run after the present step, with a checkpoint; a second one ends it at once."""
@@ -23,8 +25,9 @@ class SaveOnInterrupt(TrainerCallback):
             self._previous = signal.signal(signal.SIGINT, self._note)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask the trainer to save and stop."""
-        if self.interrupted:
+        """Ask the trainer to save and stop, on all ranks at the same step if any of them was interrupted."""
+        if sum_over_ranks([float(self.interrupted)], args.device)[0] > 0:
+            self.interrupted = True
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -26,14 +26,17 @@ class StreamMeter(TrainerCallback, ExportableState):
     Attributes:
         losses: of every optimizer step of a stream, mean over ranks, in order.
         totals: ``{stream: {tokens, items, seconds}}`` of the whole run, tokens and items summed over ranks.
+        unlogged: what was booked since the last log.
         notes: anything else that a resumed run must still know, such as the retrieval before training.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._cuda = device is not None and device.type == "cuda"
         self.losses: dict[str, list[float]] = {}
         self.totals: dict[str, dict[str, float]] = {}
+        self.unlogged: dict[str, dict[str, Any]] = {}
         self.notes: dict[str, Any] = {}
-        self._steps: dict[str, list[_Step]] = {}  # since the last log
+        self._steps: dict[str, list[_Step]] = {}  # not booked yet
 
     @contextmanager
     def timing(self, stream: str, opens_step: bool) -> Iterator[_Step]:
@@ -41,7 +44,7 @@ class StreamMeter(TrainerCallback, ExportableState):
         steps = self._steps.setdefault(stream, [])
         if opens_step:
             steps.append(_Step())
-        span = _Span()
+        span = _Span(self._cuda)
         yield steps[-1]
         span.stop()
         steps[-1].spans.append(span)
@@ -50,9 +53,8 @@ class StreamMeter(TrainerCallback, ExportableState):
         """Note the gradient norm of the stream's present step."""
         self._steps[stream][-1].grad_norm = norm
 
-    def flush(self, device: torch.device) -> dict[str, float]:
-        """Metrics since the last call, for the log; call it on all ranks at the same steps."""
-        logs: dict[str, float] = {}
+    def settle(self, device: torch.device) -> None:
+        """Book the steps since the last call; on all ranks at the same steps, before a log and before a checkpoint."""
         world_size = rank_and_world_size()[1]
         for stream, steps in sorted(self._steps.items()):
             if not steps:
@@ -66,12 +68,23 @@ class StreamMeter(TrainerCallback, ExportableState):
             totals = self.totals.setdefault(stream, dict.fromkeys(COUNTERS, 0.0))
             for name, value in zip(COUNTERS, (tokens, items, seconds), strict=True):
                 totals[name] += value
-            logs[f"{stream}_loss"] = sum(losses) / len(losses)
-            if norms:
-                logs[f"{stream}_grad_norm"] = sum(norms) / len(norms)
-            logs[f"{stream}_tokens"] = tokens
-            logs[f"{stream}_seconds"] = seconds
+            fresh = self.unlogged.setdefault(stream, {"losses": [], "grad_norms": [], "tokens": 0.0, "seconds": 0.0})
+            fresh["losses"] += losses
+            fresh["grad_norms"] += norms
+            fresh["tokens"] += tokens
+            fresh["seconds"] += seconds
             steps.clear()
+
+    def report(self) -> dict[str, float]:
+        """Metrics for the log, of what was settled since the last report."""
+        logs: dict[str, float] = {}
+        for stream, fresh in sorted(self.unlogged.items()):
+            logs[f"{stream}_loss"] = sum(fresh["losses"]) / len(fresh["losses"])
+            if fresh["grad_norms"]:
+                logs[f"{stream}_grad_norm"] = sum(fresh["grad_norms"]) / len(fresh["grad_norms"])
+            logs[f"{stream}_tokens"] = fresh["tokens"]
+            logs[f"{stream}_seconds"] = fresh["seconds"]
+        self.unlogged = {}
         return logs
 
     def summary(self) -> dict[str, dict[str, float]]:
@@ -93,7 +106,8 @@ class StreamMeter(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the meter."""
-        return {"args": {}, "attributes": {"losses": self.losses, "totals": self.totals, "notes": self.notes}}
+        names = ("losses", "totals", "unlogged", "notes")
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A resumed run takes up the history of its checkpoint."""
@@ -122,8 +136,8 @@ class _Step:
 class _Span:
     """A stretch of time, of the GPU's where there is one."""
 
-    def __init__(self) -> None:
-        self._cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    def __init__(self, cuda: bool) -> None:
+        self._cuda = cuda
         self._start = self._now()
         self._stop = self._start
 

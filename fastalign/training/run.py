@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from fastalign.config import Config, TaskConfig, save_config
 from fastalign.data.parallel import Pair, read_pairs
 from fastalign.data.sampling import Sampler, held_out, stable_hash
 from fastalign.data.templates import TaskExample, TaskReader
 from fastalign.data.tokenization import PromptTokenizer, SentenceTokenizer
-from fastalign.errors import ConfigError, DataError
+from fastalign.errors import ConfigError, DataError, FastalignError
+from fastalign.model.early_exit import hidden_at
 from fastalign.model.encode import resolve_layer
 from fastalign.model.loading import add_adapter, load_model, load_model_config, load_tokenizer
 from fastalign.probing.retrieval import choose_pairs, retrieval
@@ -30,6 +32,7 @@ from fastalign.training.output import checkpoint_to_resume, clear, require_free_
 from fastalign.training.schedule import Schedule
 from fastalign.training.trainer import AlignTrainer
 
+Probe = Callable[[Any], dict[str, Any]]
 MAX_HELD_OUT = {"task": 500, "alignment": 1_000}
 
 
@@ -51,7 +54,8 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
     schedule = Schedule(config.schedule.mode, config.schedule.ratio)
     _require_data(config, schedule)
     checkpoint = checkpoint_to_resume(config)
-    require_free_folder(config.output_dir, overwrite or checkpoint is not None)
+    resumes = checkpoint is not None and Path(checkpoint).resolve().parent == config.output_dir.resolve()
+    require_free_folder(config.output_dir, overwrite or resumes)
     layers = _layers(config)
     tokenizer = load_tokenizer(config.model)
     task = _read_task(config) if config.task.data else None
@@ -86,24 +90,33 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
     from transformers import set_seed
 
     set_seed(args.seed)
-    model = add_adapter(load_model(config.model), config.adapter)
-    probe = _probe(sentences, pairs[1], layers[-1], config.alignment.eval_pairs) if pairs and pairs[1] else None
+    model = add_adapter(load_model(config.model, args.device), config.adapter)
+    probe = _probe(sentences, pairs[1], layers[-1], config.alignment.eval_pairs) if pairs else None
     interrupt = SaveOnInterrupt()
-    trainer = AlignTrainer(
-        model,
-        args,
-        streams=streams,
-        schedule=schedule,
-        retrieval=probe,
-        processing_class=tokenizer,
-        callbacks=[interrupt, *callbacks],
-    )
+    try:
+        trainer = AlignTrainer(
+            model,
+            args,
+            streams=streams,
+            schedule=schedule,
+            retrieval=probe,
+            processing_class=tokenizer,
+            callbacks=[interrupt, *callbacks],
+        )
+        if not args.deepspeed:
+            trainer.create_optimizer_and_scheduler(args.max_steps)
+            trainer.optimizer = trainer.lr_scheduler = None
+    except (ImportError, RuntimeError, ValueError) as error:  # a reporter or optimizer that is not installed, and such
+        if isinstance(error, FastalignError) or "out of memory" in str(error):
+            raise
+        raise ConfigError(f"training: {error}") from error
+    _try_early_exit(model, layers)
     if rank_and_world_size()[0] == 0:
-        clear(config.output_dir, keep_checkpoints=checkpoint is not None)
+        clear(config.output_dir, keep_checkpoints=resumes)
         config.output_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, config.output_dir / "config.yaml")
-    if probe is not None:
-        trainer.meter.notes["retrieval"] = {"before": probe(model)}
+    if probe is not None and checkpoint is None:
+        trainer.add_callback(_MeasureBefore(trainer, probe))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
@@ -114,13 +127,15 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
         "interrupted": interrupt.interrupted,
         "steps": trainer.state.global_step,
         "seconds": time.perf_counter() - started,
-        **_peak_memory(),
+        **_peak_memory(args.device),
         "layer": layers[0] if len(layers) == 1 else layers,
         "streams": trainer.meter.summary(),
     }
     if probe is not None:
-        summary["retrieval"] = {**trainer.meter.notes["retrieval"], "after": probe(trainer.model_wrapped)}
+        summary["retrieval"] = {**trainer.meter.notes.get("retrieval", {}), "after": probe(trainer.model_wrapped)}
     evaluated = [entry for entry in trainer.state.log_history if "eval_runtime" in entry]
+    if args.load_best_model_at_end:  # the adapter that is saved is that step's
+        evaluated = [entry for entry in evaluated if entry["step"] == trainer.state.best_global_step]
     if evaluated:
         summary["evaluation"] = {name: value for name, value in evaluated[-1].items() if name.startswith("eval_")}
     if rank_and_world_size()[0] == 0:
@@ -209,16 +224,38 @@ def _task_stream(config: Config, task: tuple[list, list], tokenizer: Any, args: 
     )
 
 
-def _probe(tokenizer: SentenceTokenizer, pairs: list[Pair], layer: int, limit: int) -> Callable[[Any], dict[str, Any]]:
+def _probe(tokenizer: SentenceTokenizer, pairs: list[Pair], layer: int, limit: int) -> Probe | None:
+    """Retrieval at a layer on held-out pairs; None, said once, where there are too few of them."""
     chosen = choose_pairs(pairs, limit)
-    return lambda model: retrieval(model, tokenizer, chosen, layer)
+    left_out = sorted({pair.direction for pair in pairs} - {pair.direction for pair in chosen})
+    if left_out and rank_and_world_size()[0] == 0:
+        print(f"retrieval is not measured for {', '.join(left_out)}: fewer than two held-out pairs", file=sys.stderr)
+    return (lambda model: retrieval(model, tokenizer, chosen, layer)) if chosen else None
 
 
-def _peak_memory() -> dict[str, int]:
-    if torch.cuda.is_available():
+class _MeasureBefore(TrainerCallback):
+    """Retrieval before the first step, once the model is on its device and in its wrapper."""
+
+    def __init__(self, trainer: AlignTrainer, probe: Probe):
+        self.trainer, self.probe = trainer, probe
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.meter.notes["retrieval"] = {"before": self.probe(self.trainer.model_wrapped)}
+
+
+@torch.no_grad()
+def _try_early_exit(model: torch.nn.Module, layers: list[int]) -> None:
+    """ModelError now, before anything is overwritten, if this model cannot be left early."""
+    hidden_at(model, layers, input_ids=torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device))
+
+
+def _peak_memory(device: torch.device) -> dict[str, int]:
+    if device.type == "cuda":
         return {
             "peak_memory_bytes": torch.cuda.max_memory_allocated(),
             "peak_memory_reserved_bytes": torch.cuda.max_memory_reserved(),
         }
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

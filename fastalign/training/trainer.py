@@ -53,8 +53,8 @@ class AlignTrainer(Trainer):
         args: the parent's. `auto_find_batch_size` is refused.
         streams: by name; those the schedule names are trained on, all are evaluated.
         schedule: which stream runs at a step.
-        retrieval: called with the model at every evaluation and before and after the run; gives
-            ``{"mean": ..., "languages": ...}``, whose mean is logged as `eval_retrieval`.
+        retrieval: called with the model at every evaluation; gives ``{"mean": ..., "languages": ...}``, whose mean is
+            logged as `eval_retrieval`.
         **kwargs: of the parent: processing_class, callbacks, optimizers.
 
     Raises:
@@ -79,22 +79,25 @@ class AlignTrainer(Trainer):
                 "training.auto_find_batch_size cannot work here: a smaller batch would change the number of negatives "
                 "and the schedule; lower per_device_train_batch_size or alignment.micro_batch_size instead"
             )
-        known = ["loss", "runtime", *(f"{name}_loss" for name in streams), *(["retrieval"] if retrieval else [])]
+        measured = [name for name, stream in streams.items() if stream.can_evaluate]
+        known = [*(f"{name}_loss" for name in measured), *(["retrieval"] if retrieval else [])]
+        known += ["loss"] if set(measured) & {*schedule.streams} else []
         metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
-        if metric not in known:
+        if args.metric_for_best_model and metric not in known:
             raise ConfigError(
                 f"training.metric_for_best_model: {metric!r} is not measured{nearest(metric, known)}; there are: "
                 f"{', '.join('eval_' + name for name in known)}"
             )
-        refuse_zero3(bool(args.deepspeed), schedule.mode)
+        refuse_zero3(bool(args.deepspeed))
         self.streams, self.schedule, self.retrieval = dict(streams), schedule, retrieval
-        self.meter = StreamMeter()
+        self.meter = StreamMeter(args.device)
         self._kept: list[torch.Tensor | None] = []  # the first stream's gradient in a step of two
         first = self.streams[schedule.streams[0]]
         epoch = first.steps_per_epoch(args.world_size)
         self._steps_per_epoch = max(1, schedule.steps(math.ceil(epoch)))
         if args.max_steps <= 0:
             args.max_steps = max(1, schedule.steps(math.ceil(args.num_train_epochs * epoch)))
+        args._n_gpu = min(args.n_gpu, 1)  # several GPUs need a launcher: threads cannot share a model that exits early
         args.ddp_find_unused_parameters = False  # zero_term uses all of them; DDP would count them twice
         kwargs["callbacks"] = [self.meter, *(kwargs.get("callbacks") or [])]
         super().__init__(model=model, args=args, eval_dataset=[0], **kwargs)  # type: ignore[arg-type]
@@ -108,6 +111,8 @@ class AlignTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[list[_Work]], None]:
         """The work of the coming optimizer step, dealt to `num_batches` ticks; the last tick always has some."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # a finished run was resumed
         for _ in range(num_batches):
             next(epoch_iterator)
         rank, world_size = rank_and_world_size()
@@ -176,8 +181,13 @@ class AlignTrainer(Trainer):
         if self.is_in_train and ("loss" in logs or "train_loss" in logs):
             if len(self.schedule.streams) > 1:
                 logs = {k: v for k, v in logs.items() if k not in ("loss", "train_loss", "grad_norm")}
-            logs = {**self.meter.flush(self.args.device), **logs}
+            self.meter.settle(self.args.device)
+            logs = {**self.meter.report(), **logs}
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.meter.settle(self.args.device)
+        super()._save_checkpoint(model, trial)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: a forward that stops early has no simple formula."""

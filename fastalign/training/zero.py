@@ -21,12 +21,12 @@ def zero_term(model: nn.Module) -> torch.Tensor:
     return 0.0 * torch.stack(parts).sum()
 
 
-def refuse_zero3(deepspeed: bool, mode: str) -> None:
-    """ConfigError where ZeRO-3 meets steps that skip layers: they would be trained on stale gradients, in silence."""
+def refuse_zero3(deepspeed: bool) -> None:
+    """ConfigError under ZeRO-3: layers that a step skips would be trained on stale gradients, in silence."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    if deepspeed and is_deepspeed_zero3_enabled() and mode != "task_only":
+    if deepspeed and is_deepspeed_zero3_enabled():
         raise ConfigError(
-            f"training.deepspeed: ZeRO-3 with schedule.mode: {mode} is not supported yet, because layers above the "
-            "aligned one would be updated with stale gradients; use ZeRO-2"
+            "training.deepspeed: ZeRO-3 is not supported yet, because layers above the aligned one would be updated "
+            "with stale gradients; use ZeRO-2"
         )
