@@ -24,9 +24,11 @@ from fastalign.data import demo_corpus
 from fastalign.data.templates import TaskExample, TaskReader
 from fastalign.data.tokenization import IGNORE_INDEX, PromptTokenizer, pad
 from fastalign.errors import ConfigError
+from fastalign.training.output import require_free_folder
 from fastalign.training.run import train
 
 SENTENCES, PRETRAINING_STEPS, TASK_STEPS, RATIO, TEST_ROWS, LAYER = 3_000, 500, 150, 2, 60, 3
+ARMS = {"task_only": "task_only", "aligned": "alternate"}  # folder: schedule.mode
 MODEL = {
     "hidden_size": 160,
     "intermediate_size": 416,
@@ -54,8 +56,8 @@ def demo(out: str | Path, *, seed: int = 2, overwrite: bool = False) -> dict[str
     """
     started = time.perf_counter()
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out: {str(out)!r} is a file, not a folder")
+    for folder in (out, *(out / arm for arm in ARMS)):
+        require_free_folder(folder, overwrite)
     if (out / "demo.json").exists() and not overwrite:
         raise ConfigError(f"--out: {str(out)!r} holds an earlier demo; choose another folder or add --overwrite")
     out.mkdir(parents=True, exist_ok=True)
@@ -64,7 +66,7 @@ def demo(out: str | Path, *, seed: int = 2, overwrite: bool = False) -> dict[str
     _pretrain(out / "model", seed)
 
     result: dict[str, Any] = {"seed": seed, "layer": LAYER, "arms": {}}
-    for arm, mode in (("task_only", "task_only"), ("aligned", "alternate")):
+    for arm, mode in ARMS.items():
         _say(f"{TASK_STEPS} updates on English commands,", "no alignment" if mode == "task_only" else "with alignment")
         summary = train(_config(out, files, arm, mode, seed), overwrite=True)
         _say("commands in all languages, from the test set")

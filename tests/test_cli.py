@@ -292,3 +292,13 @@ def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_end(config_file: Path, tmp
     assert main(["train", str(config_file), *steps, "training.resume_from_checkpoint=true"]) == 0
     ends = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "out")]
     assert ends[0] == ends[1]
+
+
+def test_the_demo_refuses_to_replace_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "aligned").mkdir()
+    (tmp_path / "aligned" / "summary.json").write_text("{}")
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--out", str(tmp_path / "file")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "holds results" in lines[0] and "is a file" in lines[1]
