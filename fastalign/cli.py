@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = _parse(argv)
     first_rank = os.environ.get("RANK", "0") == "0"
+    # Threads that spin while they wait slow a CPU run down tenfold as soon as the machine does anything else.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for library in ("bitsandbytes", "kernels"):  # they warn of optional kernels that they did not find
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
