@@ -9,7 +9,6 @@ most likely. (To spell out slot values it has never been taught is beyond a mode
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from fastalign.data import demo_corpus
 from fastalign.data.templates import TaskExample, TaskReader
 from fastalign.data.tokenization import IGNORE_INDEX, PromptTokenizer, pad
 from fastalign.errors import ConfigError
+from fastalign.training.arguments import hardware_defaults, training_arguments
 from fastalign.training.output import require_free_folder
 from fastalign.training.run import train
 
@@ -111,7 +111,6 @@ def _pretrain(folder: Path, seed: int) -> None:
         LlamaForCausalLM,
         PreTrainedTokenizerFast,
         Trainer,
-        TrainingArguments,
         set_seed,
     )
 
@@ -133,19 +132,20 @@ def _pretrain(folder: Path, seed: int) -> None:
     rows = [{"input_ids": [*ids, 1]} for ids in tokenizer(texts)["input_ids"]]
     trainer = Trainer(
         LlamaForCausalLM(config),
-        TrainingArguments(
-            output_dir=str(folder),
-            max_steps=PRETRAINING_STEPS,
-            per_device_train_batch_size=48,
-            learning_rate=3e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            logging_steps=100,
-            save_strategy="no",
-            report_to="none",
-            seed=seed,
-            disable_tqdm=not sys.stderr.isatty(),
-            dataloader_pin_memory=False,
+        training_arguments(
+            {
+                **hardware_defaults({}),
+                "output_dir": str(folder),
+                "max_steps": PRETRAINING_STEPS,
+                "per_device_train_batch_size": 48,
+                "learning_rate": 3e-3,
+                "lr_scheduler_type": "cosine",
+                "warmup_steps": 0.05,
+                "logging_steps": 100,
+                "save_strategy": "no",
+                "report_to": "none",
+                "seed": seed,
+            }
         ),
         train_dataset=rows,  # type: ignore[arg-type]
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),

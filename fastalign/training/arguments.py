@@ -57,7 +57,7 @@ def effective_training(config: Config, can_evaluate: bool) -> dict[str, Any]:
             raise ConfigError(
                 f"unknown key training.{key}{nearest(key, known)}; the keys are those of transformers.TrainingArguments"
             )
-    values: dict[str, Any] = {**TRAINING_DEFAULTS, **_hardware_defaults(user), **user}
+    values: dict[str, Any] = {**TRAINING_DEFAULTS, **hardware_defaults(user), **user}
     if not can_evaluate:
         for key in ("eval_strategy", "load_best_model_at_end", "eval_on_start"):
             if user.get(key) not in (None, False, "no"):
@@ -96,7 +96,8 @@ def training_arguments(values: dict[str, Any]) -> TrainingArguments:
     return arguments
 
 
-def _hardware_defaults(user: dict[str, Any]) -> dict[str, Any]:
+def hardware_defaults(user: dict[str, Any]) -> dict[str, Any]:
+    """What suits this machine: bf16 where a GPU has it, no pinned memory without one, no progress bar in a file."""
     values: dict[str, Any] = {"disable_tqdm": not sys.stderr.isatty()}
     device = torch.device("cuda" if torch.cuda.is_available() and not user.get("use_cpu") else "cpu")
     if has_bf16(device) and not user.get("fp16"):
