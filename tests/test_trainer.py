@@ -101,6 +101,16 @@ def test_joint_logs_each_stream_as_if_it_were_alone(raw_config: dict) -> None:
         assert logs["joint"][f"{stream}_tokens"] == logs[mode][f"{stream}_tokens"] > 0
 
 
+def test_the_weight_scales_the_gradient_and_not_the_logged_loss(raw_config: dict) -> None:
+    runs = [
+        run(raw_config, alignment={"weight": weight}, schedule={"mode": "align_only"}, training={"max_steps": 1})[1]
+        for weight in (1.0, 0.25)
+    ]
+    scaled = {name: 0.25 * gradient for name, gradient in runs[0].gradients[0].items() if gradient is not None}
+    assert_same(runs[1].gradients[0], scaled)  # type: ignore[arg-type]
+    assert runs[1].logs[0]["alignment_loss"] == runs[0].logs[0]["alignment_loss"]
+
+
 def test_layers_above_the_aligned_one_get_zero_gradients_not_none(raw_config: dict) -> None:
     _, spy = run(raw_config, schedule={"mode": "align_only"}, alignment={"layer": 2}, training={"max_steps": 1})
     for name, gradient in spy.gradients[0].items():
