@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -21,16 +24,19 @@ ROOT = Path(__file__).resolve().parents[1]
 SGD = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "seed": 3, "report_to": "none"}
 
 
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+    "PYTHONUNBUFFERED": "1",
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+}
+
+
 def launch(launcher: list[str], config: Path) -> subprocess.CompletedProcess:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
     command = [*launcher, "train", str(config)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
 
 
 DEEPSPEED_CONFIG = {
@@ -98,3 +104,24 @@ def test_a_mistake_is_said_once_and_ends_all_ranks(raw_config: dict, tmp_path: P
     assert done.returncode != 0
     assert sum(line.startswith("fastalign:") for line in done.stderr.splitlines()) == 1
     assert "1..4" in done.stderr and "cli.py" not in done.stderr  # the only traceback is the launcher's own
+
+
+@pytest.mark.slow
+def test_an_interrupt_that_reaches_one_rank_stops_all_with_a_checkpoint(raw_config: dict, tmp_path: Path) -> None:
+    raw = copy.deepcopy(raw_config)
+    raw["training"] |= {"max_steps": 100_000, "logging_steps": 5, "disable_tqdm": True}
+    command = [*TORCHRUN, "train", str(write(raw, tmp_path / "config.yaml"))]
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+    try:
+        deadline = time.monotonic() + 120
+        while "task_loss" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        workers = psutil.Process(launcher.pid).children()
+        assert len(workers) == 2
+        workers[1].send_signal(signal.SIGINT)
+        assert launcher.wait(timeout=90) != 0
+    finally:
+        launcher.kill()
+    [checkpoint] = (tmp_path / "out").glob("checkpoint-*")
+    assert (checkpoint / "trainer_state.json").exists() and (tmp_path / "out" / "summary.json").exists()
