@@ -54,7 +54,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     behind = [word for word in rest if "=" in word and not word.startswith("-")]
     if hasattr(arguments, "overrides"):
-        arguments.overrides += behind
+        arguments.overrides = [*arguments.overrides, *behind]
         rest = [word for word in rest if word not in behind]
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -89,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("config", metavar="CONFIG.yaml", help="the configuration; examples/ has commented ones")
-    train.add_argument("overrides", metavar="section.key=value", nargs="*", help="e.g. training.max_steps=100")
+    train.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", default=[], help="e.g. training.max_steps=100"
+    )
     train.add_argument("--overwrite", action="store_true", help="replace results that the output folder holds")
     _add_json(train)
     train.set_defaults(run=_train, table=_train_table)

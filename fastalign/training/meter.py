@@ -82,7 +82,7 @@ class StreamMeter(TrainerCallback, ExportableState):
             logs[f"{stream}_loss"] = sum(fresh["losses"]) / len(fresh["losses"])
             if fresh["grad_norms"]:
                 logs[f"{stream}_grad_norm"] = sum(fresh["grad_norms"]) / len(fresh["grad_norms"])
-            logs[f"{stream}_tokens"] = fresh["tokens"]
+            logs[f"{stream}_tokens"] = int(fresh["tokens"])
             logs[f"{stream}_seconds"] = fresh["seconds"]
         self.unlogged = {}
         return logs
