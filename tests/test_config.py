@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ import yaml
 from fastalign.config import (
     PAPER_PRESET,
     SECTIONS,
+    TRAINING_DEFAULTS,
     AlignmentConfig,
     Config,
+    commented_yaml,
     config_from_dict,
     config_to_dict,
     describe,
@@ -331,3 +334,11 @@ def test_the_configuration_is_light():
     names = run.stdout.split()
     assert not {"torch", "transformers", "datasets", "numpy"} & set(names)
     assert "yaml" in names
+
+
+def test_the_commented_example_teaches_every_key_and_is_up_to_date(tmp_path: Path) -> None:
+    """To make it anew: write `commented_yaml()` to the file."""
+    path = Path(__file__).resolve().parents[1] / "examples" / "all_keys.yaml"
+    assert path.read_text(encoding="utf-8") == commented_yaml()
+    loaded = load_config(path)
+    assert replace(loaded, training={}) == Config() and loaded.training == TRAINING_DEFAULTS

@@ -11,6 +11,7 @@ silent, `TRAINING_DEFAULTS` speaks.
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ __all__ = [
     "ModelConfig",
     "ScheduleConfig",
     "TaskConfig",
+    "commented_yaml",
     "config_from_dict",
     "config_to_dict",
     "describe",
@@ -123,3 +125,22 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not isinstance(raw[section], dict):
         raise ConfigError(f"section {section!r} must hold keys and values, not {raw[section]!r}")
     raw[section][key] = value
+
+
+def commented_yaml() -> str:
+    """A configuration that spells out every key with its default and its help: ``examples/all_keys.yaml``."""
+    lines = [
+        "# Every key with its default, made from the help texts in fastalign/config/keys.py. Keep what you change."
+    ]
+    for section, cls in SECTIONS.items():
+        lines += ["", f"# {' '.join((cls.__doc__ or '').split())}", f"{section}:"]
+        for name, kind, default, text in describe(section):
+            lines += textwrap.wrap(f"{text} ({kind})", width=110, initial_indent="  # ", subsequent_indent="  # ")
+            lines.append(f"  {name}: {default}")
+    lines += [
+        "",
+        "# Any key of transformers.TrainingArguments. These are the defaults where they differ from its own.",
+        "training:",
+    ]
+    lines += [f"  {name}: {dump_yaml(value).splitlines()[0]}" for name, value in TRAINING_DEFAULTS.items()]
+    return "\n".join(lines) + "\n"
