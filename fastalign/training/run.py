@@ -65,6 +65,9 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
     if config.alignment.negatives == "world" and args.world_size > 1:
         raise ConfigError("alignment.negatives: world is not supported on several ranks yet; use rank")
 
+    if args.device.type == "cuda" and args.world_size == 1 and torch.cuda.device_count() > 1:
+        count = torch.cuda.device_count()
+        print(f"using 1 of {count} GPUs; for all: torchrun --nproc_per_node {count} -m fastalign ...", file=sys.stderr)
     sentences = SentenceTokenizer(
         tokenizer,
         config.alignment.skip_first_token,
