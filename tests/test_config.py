@@ -311,21 +311,6 @@ def test_nearest():
     assert nearest("xyz", ["temperature", "pairs"]) == ""
 
 
-def test_uses():
-    used = {
-        mode: [
-            stream for stream in ("task", "alignment") if config_from_dict({"schedule": {"mode": mode}}).uses(stream)
-        ]
-        for mode in ("alternate", "joint", "task_only", "align_only")
-    }
-    assert used == {
-        "alternate": ["task", "alignment"],
-        "joint": ["task", "alignment"],
-        "task_only": ["task"],
-        "align_only": ["alignment"],
-    }
-
-
 def test_the_configuration_is_light():
     """No heavy library, so that help and refusals are instant."""
     code = "import sys, fastalign.config; print(*{m.split('.')[0] for m in sys.modules})"

@@ -39,3 +39,16 @@ def test_other_modes() -> None:
     assert Schedule("task_only").at(3) == [("task", 3)]
     assert Schedule("align_only").at(3) == [("alignment", 3)]
     assert [Schedule(mode).steps(5) for mode in ("joint", "task_only", "align_only")] == [5, 5, 5]  # type: ignore[arg-type]
+
+
+def test_streams_that_are_trained_on() -> None:
+    used = {
+        mode: list(Schedule(mode).streams)  # type: ignore[arg-type]
+        for mode in ("alternate", "joint", "task_only", "align_only")
+    }
+    assert used == {
+        "alternate": ["task", "alignment"],
+        "joint": ["task", "alignment"],
+        "task_only": ["task"],
+        "align_only": ["alignment"],
+    }

@@ -200,10 +200,6 @@ class Config:
         """Folder that the run writes to."""
         return Path(self.training.get("output_dir", TRAINING_DEFAULTS["output_dir"]))
 
-    def uses(self, stream: str) -> bool:
-        """Whether the schedule trains on this stream (``task`` or ``alignment``)."""
-        return self.schedule.mode != {"task": "align_only", "alignment": "task_only"}[stream]
-
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,

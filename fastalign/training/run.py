@@ -56,7 +56,8 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
     checkpoint = checkpoint_to_resume(config)
     resumes = checkpoint is not None and Path(checkpoint).resolve().parent == config.output_dir.resolve()
     require_free_folder(config.output_dir, overwrite or resumes)
-    layers = _layers(config)
+    text_config = load_model_config(config.model).get_text_config()
+    layers = _layers(config, text_config.num_hidden_layers)
     tokenizer = load_tokenizer(config.model)
     task = _read_task(config) if config.task.data else None
     pairs = _read_alignment(config) if config.alignment.data or config.alignment.eval_data else None
@@ -72,11 +73,12 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
         tokenizer,
         config.alignment.skip_first_token,
         config.alignment.pooling,
-        _room(config, config.alignment.max_length),
+        _room(text_config, config.alignment.max_length),
     )
     streams: dict[str, Stream] = {}
     if task:
-        streams["task"] = _task_stream(config, task, tokenizer, args)
+        prompts = PromptTokenizer(tokenizer, config.task.chat_template, _room(text_config, config.task.max_length))
+        streams["task"] = _task_stream(config, task, prompts, args)
     if pairs and config.alignment.data:
         streams["alignment"] = AlignmentStream(
             pairs[0],
@@ -153,8 +155,7 @@ def _require_data(config: Config, schedule: Schedule) -> None:
             raise ConfigError(f"{name}.data is missing; give it, or set schedule.mode: {other}")
 
 
-def _layers(config: Config) -> list[int]:
-    depth = load_model_config(config.model).get_text_config().num_hidden_layers
+def _layers(config: Config, depth: int) -> list[int]:
     specs = config.alignment.layer if isinstance(config.alignment.layer, list) else [config.alignment.layer]
     layers = [resolve_layer(spec, depth) for spec in specs]
     if len(set(layers)) < len(layers):
@@ -162,9 +163,9 @@ def _layers(config: Config) -> list[int]:
     return layers
 
 
-def _room(config: Config, wanted: int) -> int:
+def _room(text_config: Any, wanted: int) -> int:
     """Tokens a row may have: as configured, but not beyond the model's context."""
-    context = getattr(load_model_config(config.model).get_text_config(), "max_position_embeddings", None)
+    context = getattr(text_config, "max_position_embeddings", None)
     return min(wanted, context) if isinstance(context, int) and context > 0 else wanted
 
 
@@ -213,8 +214,7 @@ def _text(example: TaskExample) -> str:
     return "\x1f".join(message["content"] for message in example.messages)
 
 
-def _task_stream(config: Config, task: tuple[list, list], tokenizer: Any, args: Any) -> TaskStream:
-    prompts = PromptTokenizer(tokenizer, config.task.chat_template, _room(config, config.task.max_length))
+def _task_stream(config: Config, task: tuple[list, list], prompts: PromptTokenizer, args: Any) -> TaskStream:
     prompts.check([*task[0], *task[1]])
     languages = [example.language for example in task[0]]
     return TaskStream(
