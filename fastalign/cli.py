@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     first_rank = os.environ.get("RANK", "0") == "0"
     # Threads that spin while they wait slow a CPU run down tenfold as soon as the machine does anything else.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # five retries of a hub that is away are told in one line
     for library in ("bitsandbytes", "kernels"):  # they warn of optional kernels that they did not find
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
