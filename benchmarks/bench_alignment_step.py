@@ -3,7 +3,7 @@
 A step is forward and backward of InfoNCE (source to target, temperature 0.1) on the mean-pooled states of layer l,
 for LoRA adapters (r 8, every linear layer but the head) on a frozen Llama with random weights; fp32 on the CPU,
 bf16 on a GPU, adapters included. No optimizer. The ways:
-- ours: `pooled_at` and `alignment_loss`: one forward of both sides that stops after layer l.
+- ours: `hidden_at` and `alignment_loss`, as the trainer: one forward of both sides that stops after layer l.
 - all_layers: what transformers offers: the causal model with `output_hidden_states=True`, both sides in one
   forward, `hidden_states[l]`; all layers and the head run. Pooling and loss in plain PyTorch, in fp32.
 - reference: how the code of Liu & Niehues (2025, arXiv 2502.14830) does it, reproduced in these points: two
@@ -43,8 +43,7 @@ from harness import DEVICE, HERE, ON_GPU, append_rows, interleaved_ms, peak_byte
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastalign.model.early_exit import early_exit
-from fastalign.model.encode import pooled_at
+from fastalign.model.early_exit import early_exit, hidden_at
 from fastalign.objectives.info_nce import alignment_loss
 
 TEMPERATURE, TOLERANCE = 0.1, 1e-4
@@ -56,8 +55,8 @@ Batch = dict[str, torch.Tensor]  # input_ids, attention_mask, pool_mask: (2N, T)
 
 
 def ours(model: Any, batch: Batch, layer: int) -> torch.Tensor:
-    source, target = pooled_at(model, [layer], batch)[0].chunk(2)
-    return alignment_loss(source, target, temperature=TEMPERATURE, direction="source_to_target")
+    [states] = hidden_at(model, [layer], input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return alignment_loss(states, batch["pool_mask"], temperature=TEMPERATURE, direction="source_to_target")
 
 
 def all_layers(model: Any, batch: Batch, layer: int) -> torch.Tensor:

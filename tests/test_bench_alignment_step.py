@@ -14,15 +14,15 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = "--layers=4 --hidden=64 --vocab=256 --pairs=4 --tokens=8 --rounds=2 --threads=1"
 WAYS = ["ours", "all_layers", "reference", "no_head"]
 
-# Runs it in one process with alignment_loss or pooled_at a little wrong, and once more with them as they are.
+# Runs it in one process with alignment_loss or hidden_at a little wrong, and once more with them as they are.
 BREAK_IT = """
 import sys
 import bench_alignment_step as bench
-loss, pooled = bench.alignment_loss, bench.pooled_at
+loss, states = bench.alignment_loss, bench.hidden_at
 
 def run(title):
     print(title, bench.main(sys.argv[1:]), file=sys.stderr)
-    bench.alignment_loss, bench.pooled_at = loss, pooled
+    bench.alignment_loss, bench.hidden_at = loss, states
 
 def wrong_gradient(*args, **kwargs):
     value = loss(*args, **kwargs)
@@ -32,7 +32,7 @@ bench.alignment_loss = lambda *args, **kwargs: loss(*args, **kwargs) * 1.001
 run("end of wrong loss:")
 bench.alignment_loss = wrong_gradient
 run("end of wrong gradient:")
-bench.pooled_at = lambda model, layers, batch: pooled(model, [layers[0] + 1], batch)
+bench.hidden_at = lambda model, layers, **inputs: states(model, [layers[0] + 1], **inputs)
 run("end of wrong layer:")
 run("end of nothing wrong:")
 """

@@ -6,48 +6,43 @@ from typing import Literal
 
 import torch
 
-from fastalign_kernels import info_nce
+from fastalign_kernels import pooled_info_nce
 
 
 def alignment_loss(
-    source: torch.Tensor,
-    target: torch.Tensor,
+    hidden: torch.Tensor,
+    mask: torch.Tensor | None = None,
     *,
     temperature: float,
     direction: Literal["source_to_target", "target_to_source", "symmetric"] = "symmetric",
     detach: Literal["source", "target"] | None = None,
     meaning: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Contrastive loss of a batch of translation pairs, mean over the pairs.
+    """Contrastive loss of a batch of translation pairs, from token states; mean over the pairs.
 
     Args:
-        source, target: (N, D) pooled states; row i of the one translates row i of the other.
+        hidden: (2N, T, D) states of a layer; row N + i translates row i.
+        mask: (2N, T), nonzero marks the tokens that are averaged. None: all are.
         temperature: of the softmax over cosines.
         direction: from the anchors to their candidates.
-        detach: the side that gets no gradient.
+        detach: the side that gets a zero gradient.
         meaning: (N,) integers; pairs with equal ones are not each other's negatives. None: all are.
 
     Returns:
         A scalar, fp32.
 
     Raises:
-        ValueError: a direction or a side that does not exist.
+        ValueError: a direction or a side that does not exist, or shapes that do not fit.
     """
     if direction not in ("source_to_target", "target_to_source", "symmetric"):
         raise ValueError(f"direction must be source_to_target, target_to_source or symmetric, not {direction!r}")
-    if detach not in (None, "source", "target"):
-        raise ValueError(f"detach must be source, target or None, not {detach!r}")
-    if detach == "source":
-        source = source.detach()
-    elif detach == "target":
-        target = target.detach()
-    if direction == "target_to_source":
-        source, target = target, source
-    return info_nce(
-        source,
-        target,
+    return pooled_info_nce(
+        hidden,
+        mask,
         temperature=temperature,
         symmetric=direction == "symmetric",
+        reverse=direction == "target_to_source",
+        detach=detach,
         source_ids=meaning,
         target_ids=meaning,
     )

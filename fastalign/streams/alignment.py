@@ -12,7 +12,7 @@ from fastalign.data.parallel import Pair
 from fastalign.data.sampling import Sampler
 from fastalign.data.tokenization import SentenceTokenizer
 from fastalign.errors import ConfigError
-from fastalign.model.encode import pooled_at
+from fastalign.model.early_exit import hidden_at
 from fastalign.objectives.info_nce import alignment_loss
 from fastalign.streams.base import MicroBatch, Stream, my_share, sum_over_ranks
 
@@ -85,20 +85,19 @@ class AlignmentStream(Stream):
 
     def _objective(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         """Mean over the pairs of the micro-batch, weighted over the layers."""
-        config = self.config
-        losses = []
-        for states in pooled_at(model, self.layers, micro_batch.inputs):
-            source, target = states.chunk(2)
-            losses.append(
-                alignment_loss(
-                    source,
-                    target,
-                    temperature=config.temperature,
-                    direction=config.direction,
-                    detach=config.detach,
-                    meaning=micro_batch.inputs["meaning"] if config.mask_equal_meaning else None,
-                )
+        config, inputs = self.config, micro_batch.inputs
+        states = hidden_at(model, self.layers, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        losses = [
+            alignment_loss(
+                hidden,
+                inputs["pool_mask"],
+                temperature=config.temperature,
+                direction=config.direction,
+                detach=config.detach,
+                meaning=inputs["meaning"] if config.mask_equal_meaning else None,
             )
+            for hidden in states
+        ]
         return torch.stack([weight * loss for weight, loss in zip(self.layer_weights, losses, strict=True)]).sum()
 
     def _collate(self, pairs: Sequence[Pair]) -> MicroBatch:

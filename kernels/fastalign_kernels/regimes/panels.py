@@ -1,0 +1,261 @@
+"""Any size: library matrix products on panels of rows, and kernels for what lies between them.
+
+Of a panel of R rows, `products` = s t^T comes from the GEMM library in fp32, `_panel` turns each row into its loss and
+its row of W, and two more products make W t and, over the panels, W^T s. All rows in one panel is the dense case.
+FLOPs: 6 N M D; with `symmetric` and several panels 8 N^2 D, because a column's sum is known only after its last row
+and a pass before finds it. Panel memory: 4 + b bytes an element (b of W: 2 or 4).
+
+Sums of exponentials are taken relative to the row's own positive: 2^((c - c_own) / (tau ln 2)). Cosines are within 1,
+so down to FIXED_REFERENCE nothing overflows, no maximum is searched and the parts of a sum are simply added; below,
+every lane keeps its own maximum. The positive's cosine comes from `_own` in fp32 even where operands are bf16, so that
+a batch of one has loss 0 exactly.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (a launch takes constexpr parameters and options such as num_warps in a way that types do not tell)
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from fastalign_kernels.regimes import Problem, inverse
+
+FIXED_REFERENCE = 0.03  # exp(2 / 0.03) 2^30 still fits fp32
+ROWS_PER_PART = 256  # of a column's sum
+ACCUMULATED_COLUMNS = 1024  # of a product that is added to another: the size of its temporary
+LN2 = tl.constexpr(math.log(2))
+
+
+@triton.jit(do_not_specialize=["N", "offset"])
+def _own(
+    source, target, source_norms, target_norms, own_cosines, N, D, source_row, target_row, offset, BLOCK_D: tl.constexpr
+):
+    """Norm of one target and, where it belongs to a source, that one's norm and their cosine."""
+    j = tl.program_id(0).to(tl.int64)
+    i = j - offset
+    owned = (i >= 0) & (i < N)
+    dots = tl.zeros([BLOCK_D], tl.float32)
+    source_squares = tl.zeros([BLOCK_D], tl.float32)
+    target_squares = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        s = tl.load(source + i * source_row + d, mask=(d < D) & owned, other=0).to(tl.float32)
+        t = tl.load(target + j * target_row + d, mask=d < D, other=0).to(tl.float32)
+        dots += s * t
+        source_squares += s * s
+        target_squares += t * t
+    source_norm = tl.sqrt(tl.sum(source_squares, 0))
+    target_norm = tl.sqrt(tl.sum(target_squares, 0))
+    tl.store(target_norms + j, target_norm)
+    tl.store(source_norms + i, source_norm, mask=owned)
+    tl.store(own_cosines + i, tl.sum(dots, 0) * inverse(source_norm) * inverse(target_norm), mask=owned)
+
+
+@triton.jit
+def _cosines(
+    products, target_norms, target_ids, j, M, own, own_cosine, source_norm, source_id, with_ids,
+):  # fmt: skip
+    """One row's cosines at columns j, which of them count, and 1 / (|s| |t|)."""
+    inside = j < M
+    scale = inverse(source_norm) * inverse(tl.load(target_norms + j, mask=inside, other=1))
+    cosines = tl.where(j == own, own_cosine, tl.load(products + j, mask=inside, other=0) * scale)
+    equal = source_id == tl.load(target_ids + j, mask=inside & (with_ids != 0), other=0)
+    return cosines, inside & ((with_ids == 0) | (j == own) | (equal == 0)), scale
+
+
+@triton.jit
+def _add_power(highest, total, power, FIXED: tl.constexpr):
+    """Every lane's sum of 2^(power - highest) with one term more; `highest` stays 0 if it is fixed."""
+    if FIXED:
+        return highest, total + tl.exp2(power)
+    else:
+        raised = tl.maximum(highest, power)
+        return raised, total * tl.exp2(highest - raised) + tl.exp2(power - raised)
+
+
+@triton.jit(do_not_specialize=["first_row", "rows", "per_part", "with_ids"])
+def _column_sums(
+    products, source_norms, target_norms, own_cosines, source_ids, target_ids, log_sums,
+    first_row, rows, M, per_part, sharpness, with_ids, FIXED: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """log2 of the columns' sums of 2^((c[i, j] - c[j, j]) sharpness), over a part of a panel's rows. N = M."""
+    part = tl.program_id(1).to(tl.int64)
+    products += part * per_part * M
+    j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    own_of_columns = tl.load(own_cosines + j, mask=j < M, other=0)
+    highest = tl.full([BLOCK_M], 0.0 if FIXED else -1e30, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for local in range(part * per_part, tl.minimum((part + 1) * per_part, rows)):
+        i = first_row + local
+        source_id = tl.load(source_ids + i, mask=with_ids != 0, other=0)
+        cosines, counts, _ = _cosines(
+            products, target_norms, target_ids, j, M, i, tl.load(own_cosines + i), tl.load(source_norms + i), source_id,
+            with_ids,
+        )  # fmt: skip
+        power = tl.where(counts, (cosines - own_of_columns) * sharpness, float("-inf"))
+        highest, total = _add_power(highest, total, power, FIXED)
+        products += M
+    tl.store(log_sums + part * M + j, highest + tl.log2(total), mask=j < M)
+
+
+@triton.jit(do_not_specialize=["first_row", "offset", "with_ids", "symmetric", "for_gradients"])
+def _panel(
+    products, weights, source_norms, target_norms, own_cosines, column_log_sums, source_ids, target_ids, losses, slopes,
+    first_row, M, offset, sharpness, with_ids, symmetric, for_gradients, FIXED: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One row: its loss, its row of W, and sum_j G[i, j] c[i, j] sharpness."""
+    i = first_row + tl.program_id(0)
+    own = i + offset
+    products += tl.program_id(0).to(tl.int64) * M
+    weights += tl.program_id(0).to(tl.int64) * M
+    own_cosine = tl.load(own_cosines + i)
+    source_norm = tl.load(source_norms + i)
+    source_id = tl.load(source_ids + i, mask=with_ids != 0, other=0)
+    highest = tl.full([BLOCK_M], 0.0 if FIXED else -1e30, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, M, BLOCK_M):
+        j = start + tl.arange(0, BLOCK_M)
+        cosines, counts, _ = _cosines(
+            products, target_norms, target_ids, j, M, own, own_cosine, source_norm, source_id, with_ids
+        )  # fmt: skip
+        power = tl.where(counts, (cosines - own_cosine) * sharpness, float("-inf"))
+        highest, total = _add_power(highest, total, power, FIXED)
+    top = tl.max(highest, 0)
+    whole = tl.sum(total * tl.exp2(highest - top), 0)
+    loss = top + tl.log2(whole)
+    if symmetric != 0:
+        loss += tl.load(column_log_sums + i)
+    tl.store(losses + i, loss * LN2)
+
+    if for_gradients != 0:
+        slope = tl.zeros([BLOCK_M], tl.float32)
+        for start in range(0, M, BLOCK_M):
+            j = start + tl.arange(0, BLOCK_M)
+            cosines, counts, scale = _cosines(
+                products, target_norms, target_ids, j, M, own, own_cosine, source_norm, source_id, with_ids
+            )  # fmt: skip
+            power = tl.where(counts, (cosines - own_cosine) * sharpness, float("-inf"))
+            share = tl.exp2(power - top) / whole
+            slope += tl.where(counts, share * power, 0.0)
+            weight = tl.where(j == own, share - 1.0, share)
+            if symmetric != 0:
+                of_column = tl.load(own_cosines + j, mask=j < M, other=0)
+                log_sum = tl.load(column_log_sums + j, mask=j < M, other=0)
+                power = tl.where(counts, (cosines - of_column) * sharpness, float("-inf"))
+                share = tl.exp2(power - log_sum)
+                slope += tl.where(counts, share * power, 0.0)
+                weight += tl.where(j == own, share - 1.0, share)
+            tl.store(weights + j, (weight * scale).to(weights.dtype.element_ty), mask=j < M)
+        tl.store(slopes + i, tl.sum(slope, 0))
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def _project(raw, rows, norms, grad, first_row, D, rows_row, factor, BLOCK_D: tl.constexpr):
+    """Through the normalisation: factor * (u - <u, x> x / |x|^2)."""
+    i = first_row + tl.program_id(0).to(tl.int64)
+    raw += tl.program_id(0).to(tl.int64) * D
+    rows += i * rows_row
+    to_unit = inverse(tl.load(norms + i))
+    along = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        u = tl.load(raw + d, mask=d < D, other=0)
+        along += u * tl.load(rows + d, mask=d < D, other=0).to(tl.float32)
+    share = tl.sum(along, 0) * to_unit * to_unit
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        u = tl.load(raw + d, mask=d < D, other=0)
+        x = tl.load(rows + d, mask=d < D, other=0).to(tl.float32)
+        tl.store(grad + i * D + d, (factor * (u - share * x)).to(grad.dtype.element_ty), mask=d < D)
+
+
+def run(p: Problem, panel_rows: int, operand: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and, where asked for, d loss / d temperature; the gradients of the rows go to where the problem says.
+
+    `operand` is the dtype of what the products multiply.
+    """
+    (rows, width), targets = p.source.shape, len(p.target)
+    source_row, target_row = p.source.stride(0), p.target.stride(0)
+    source_norms, target_norms, own_cosines, losses, slopes, column_log_sums = (
+        p.source.new_empty(size, dtype=torch.float32) for size in (rows, targets, rows, rows, rows, targets)
+    )
+    _own[(targets,)](
+        p.source, p.target, source_norms, target_norms, own_cosines, rows, width, source_row, target_row, p.offset,
+        BLOCK_D=1024,
+    )  # fmt: skip
+    s, t = p.source.to(operand), p.target.to(operand)
+    starts = range(0, rows, panel_rows)
+    known = source_norms, target_norms, own_cosines
+    sharpness, fixed = 1 / (p.temperature * math.log(2)), p.temperature >= FIXED_REFERENCE
+    factor = 1 / (rows * p.temperature * (2 if p.symmetric else 1))
+    gradients = p.for_source or p.for_target or p.for_temperature
+
+    def products(first: int) -> torch.Tensor:
+        return _product(s[first : first + panel_rows], t.T)
+
+    def column_sums(panel: torch.Tensor, first: int) -> torch.Tensor:
+        parts = triton.cdiv(len(panel), ROWS_PER_PART)
+        log_sums = panel.new_empty(parts, targets)
+        _column_sums[(triton.cdiv(targets, 128), parts)](
+            panel, *known, p.source_ids, p.target_ids, log_sums, first, len(panel), targets, ROWS_PER_PART, sharpness,
+            int(p.with_ids), FIXED=fixed, BLOCK_M=128,
+        )  # fmt: skip
+        return log_sums
+
+    def weights_of(first: int) -> torch.Tensor:
+        panel = products(first)
+        if p.symmetric and len(starts) == 1:
+            column_log_sums.copy_(_add_log_sums(column_sums(panel, first)))
+        weights = panel.new_empty(panel.shape if gradients else 1, dtype=operand)
+        _panel[(len(panel),)](
+            panel, weights, *known, column_log_sums, p.source_ids, p.target_ids, losses, slopes, first, targets,
+            p.offset, sharpness, int(p.with_ids), int(p.symmetric), int(gradients), FIXED=fixed, BLOCK_M=1024,
+            maxnreg=128,  # as in fused.py
+        )  # fmt: skip
+        return weights
+
+    if p.symmetric and len(starts) > 1:
+        column_log_sums.copy_(_add_log_sums(torch.cat([column_sums(products(first), first) for first in starts])))
+    raw_target = source_norms.new_empty(0)
+    for first in starts:
+        weights = weights_of(first)
+        if p.for_target:
+            raw_target = _add_product(raw_target, weights.T, s[first : first + panel_rows])
+        if p.for_source:
+            raw = _product(weights, t)
+            _project[(len(raw),)](
+                raw, p.source, source_norms, p.grad_source, first, width, source_row, factor, BLOCK_D=1024
+            )
+        del weights  # before the next panel takes its memory
+    if p.for_target:
+        _project[(targets,)](
+            raw_target, p.target, target_norms, p.grad_target, 0, width, target_row, factor, BLOCK_D=1024
+        )
+    return losses.sum() * (factor * p.temperature), slopes.sum() * (-math.log(2) * factor)
+
+
+def _add_log_sums(parts: torch.Tensor) -> torch.Tensor:
+    highest = parts.amax(dim=0)
+    return highest + torch.exp2(parts - highest).sum(dim=0).log2()
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Accumulated and returned in fp32, whatever the operands."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total + a @ b in fp32, in place but for the first; no second matrix of that size."""
+    if total.numel() == 0:
+        return _product(a, b)
+    if a.dtype == torch.float32:
+        return total.addmm_(a, b)
+    for start in range(0, b.shape[1], ACCUMULATED_COLUMNS):
+        columns = slice(start, start + ACCUMULATED_COLUMNS)
+        total[:, columns] += _product(a, b[:, columns])
+    return total
