@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"out of memory: {str(error).splitlines()[0]}", 1, True)
     if first_rank:
         print(json.dumps(result, indent=2) if arguments.json else arguments.table(result))
-    return 1 if result.get("interrupted") else 0
+    return 1 if result.get("interrupted") or result.get("problems") else 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -110,6 +110,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--overwrite", action="store_true", help="replace results that the folder holds")
     _add_json(demo)
     demo.set_defaults(run=_demo, table=_demo_table)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this machine can run, what will be used, and why",
+        description="Say which kernels the alignment step gets on this machine and why, and try them on a small batch.",
+    )
+    _add_json(doctor)
+    doctor.set_defaults(run=_doctor, table=_doctor_table)
     return parser
 
 
@@ -194,4 +202,23 @@ def _demo_table(result: Summary) -> str:
     if unhelped:
         lines.append(f"No better with alignment in this run: {', '.join(unhelped)}.")
     lines += ["", f"{result['seconds']:.0f} s; adapters, summaries and these numbers in {result['out']}"]
+    return "\n".join(lines)
+
+
+def _doctor(_: argparse.Namespace) -> Summary:
+    from fastalign.doctor import doctor
+
+    found = doctor()
+    return {**found, "problems": [problem] if (problem := found["kernels"]["problem"]) else []}
+
+
+def _doctor_table(found: Summary) -> str:
+    kernels = found["kernels"]
+    name = {"triton": "Triton kernels", "torch": "PyTorch twins"}[kernels["backend"]]
+    lines = [f"{package:<10}{version or 'not installed'}" for package, version in found["versions"].items()]
+    lines += [
+        f"{'device':<10}{found['device']}",
+        f"{'kernels':<10}{name} for pooling and the contrastive loss; {kernels['why']}",
+        f"{'trial':<10}{kernels['problem'] or 'loss and gradient of a small batch agree with fp64'}",
+    ]
     return "\n".join(lines)

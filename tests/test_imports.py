@@ -29,6 +29,7 @@ ROOMS = [
     "evaluation",
     "merging",
     "demo",
+    "doctor",
     "cli",
 ]
 
