@@ -6,6 +6,7 @@ VENV        ?= .venv
 PIP_ARGS    ?=
 DEMO_ARGS   ?= --out demo-output --overwrite
 PYTEST_ARGS ?=
+COMPILE_ARGS ?=
 
 BIN        := $(VENV)/bin
 # --use-pep517: the pip of Python 3.10 would else run a setup.py without what it needs (seqeval)
@@ -14,17 +15,22 @@ INSTALL     = $(BIN)/python -m pip install --disable-pip-version-check --use-pep
 RUN        := $(VENV)/.installed
 DEV        := $(VENV)/.installed-dev
 
+# Every version of Triton that the kernels must compile with; `newest` is whatever the index has today.
+TRITONS    := 3.6.0 3.7.1 newest
+
+# Seconds that `make gpu` plans for: a benchmark begins no case later than its share of what is left.
+GPU_SECONDS ?= 500
 # What `make gpu` can use, by import name.
 GPU_USES   := torch triton transformers peft accelerate datasets safetensors yaml numpy tqdm bitsandbytes pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format gpu clean
+.PHONY: help demo test test-slow lint format compile compile-all gpu clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  Variables: PYTHON=python3.12 (which one), PIP_ARGS=... (for example an extra index that has torch"
-	@echo "  without CUDA: README.md), DEMO_ARGS=... and PYTEST_ARGS=... (passed on)."
+	@echo "  without CUDA: README.md), DEMO_ARGS=..., PYTEST_ARGS=... and COMPILE_ARGS=... (passed on)."
 
 demo: $(RUN) ## install, then train, evaluate and compare on the built-in corpus; no GPU needed
 	$(BIN)/python -m fastalign demo $(DEMO_ARGS)
@@ -47,13 +53,40 @@ format: $(DEV) ## let ruff mend and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-gpu: ## on a GPU: tests marked gpu, then the benchmark of a step; uses $(PYTHON), installs nothing
+compile: $(DEV) ## every kernel for every GPU: registers, shared memory, spills, matrix instructions; no GPU needed
+	env -u TRITON_INTERPRET $(BIN)/python -m fastalign_kernels.compile $(COMPILE_ARGS)
+
+compile-all: $(addprefix build/triton-,$(TRITONS)) ## the same under Triton 3.6, 3.7 and the newest there is
+	@status=0; for version in $(TRITONS); do \
+	  env -u TRITON_INTERPRET PYTHONPATH="build/triton-$$version$${PYTHONPATH:+:$$PYTHONPATH}" \
+	    $(BIN)/python -m fastalign_kernels.compile $(COMPILE_ARGS) >build/compile-$$version.txt || status=1; \
+	  grep -e WRONG -e '^Triton' build/compile-$$version.txt | tail -n 20; \
+	done; echo "make compile-all: the tables are in build/compile-*.txt"; exit $$status
+
+# Only Triton, in a folder of its own: torch stays the environment's. Not `newest` if it is there: make clean fetches
+# it again.
+build/triton-%: | $(DEV)
+	@rm -rf $@.part
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) --no-deps --target $@.part \
+	  triton$(if $(filter newest,$*),,==$*)
+	@mv $@.part $@
+
+gpu: ## on a GPU: tests marked gpu, then every benchmark and the plots; uses $(PYTHON), installs nothing
 	@$(PYTHON) -c 'import sys; from importlib.util import find_spec as f; \
 	m = [p for p in sys.argv[1:] if not f(p)]; \
 	m and print("make gpu:", sys.executable, "lacks", *m, "- what needs them will fail, the rest runs", file=sys.stderr)' $(GPU_USES)
-	@export PYTHONPATH="$(CURDIR):$(CURDIR)/kernels$${PYTHONPATH:+:$$PYTHONPATH}"; status=0; \
+	@export TRITON_INTERPRET=0 PYTHONPATH="$(CURDIR):$(CURDIR)/kernels$${PYTHONPATH:+:$$PYTHONPATH}"; status=0; begun=$$(date +%s); \
+	bench() { \
+	  seconds=$$((($(GPU_SECONDS) - $$(date +%s) + begun) * $$1 / 100)); shift; echo; echo "== bench_$$*"; name=$$1; shift; \
+	  [ $$seconds -ge 20 ] || seconds=20; \
+	  $(PYTHON) benchmarks/bench_$$name.py --seconds $$seconds "$$@" || status=$$?; }; \
 	$(PYTHON) -m pytest tests -m gpu --continue-on-collection-errors --durations=10 $(PYTEST_ARGS) || status=$$?; \
-	$(PYTHON) benchmarks/bench_alignment_step.py || status=$$?; \
+	bench 25 masked_mean_pool; \
+	bench 45 info_nce; \
+	bench 50 info_nce --regimes; \
+	bench 70 pooled_info_nce; \
+	echo; echo "== bench_alignment_step"; $(PYTHON) benchmarks/bench_alignment_step.py || status=$$?; \
+	$(PYTHON) benchmarks/plots.py || status=$$?; \
 	exit $$status
 
 clean: ## remove caches, builds and the demo's output, but not .venv

@@ -80,10 +80,11 @@ def _power(
     source_inverse = inverse(tl.sqrt(_add_shares(squares + i, i < N, 2 * padded, shares)))
     power = products * source_inverse[:, None] * target_inverse[None, :] * sharpness
     own = inside & (j[None, :] == i[:, None] + offset)
-    source_id = tl.load(source_ids + i, mask=(i < N) & (with_ids != 0), other=0)
-    target_id = tl.load(target_ids + j, mask=(j < M) & (with_ids != 0), other=0)
-    counts = inside & (own | (with_ids == 0) | (source_id[:, None] != target_id[None, :]))
-    return products, source_inverse, power, counts, own
+    if with_ids != 0:
+        source_id = tl.load(source_ids + i, mask=i < N, other=0)
+        target_id = tl.load(target_ids + j, mask=j < M, other=0)
+        inside = inside & (own | (source_id[:, None] != target_id[None, :]))
+    return products, source_inverse, power, inside, own
 
 
 @triton.jit(do_not_specialize=["N", "M", "shares", "padded", "offset", "symmetric", "with_ids"])
@@ -111,8 +112,8 @@ def _weights(
             column_high = raised
             column_own += tl.sum(tl.where(own, power, 0.0), 0)
     column_total = tl.where(column_total == 0, 1.0, column_total)  # of a column outside; NaN stays
-    terms = tl.where((symmetric != 0) & (j < M), column_high + tl.log2(column_total) - column_own, 0.0)
-    total_loss = tl.sum(terms, 0)
+    terms = tl.where(j < M, column_high + tl.log2(column_total) - column_own, 0.0)
+    total_loss = tl.where(symmetric != 0, tl.sum(terms, 0), 0.0)
 
     slope = tl.zeros([BLOCK_M], tl.float32)
     along_target = tl.zeros([BLOCK_M], tl.float32)

@@ -37,12 +37,13 @@ def _own(
     j = tl.program_id(0).to(tl.int64)
     i = j - offset
     owned = (i >= 0) & (i < N)
+    source_width = tl.where(owned, D, 0)
     dots = tl.zeros([BLOCK_D], tl.float32)
     source_squares = tl.zeros([BLOCK_D], tl.float32)
     target_squares = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        s = tl.load(source + i * source_row + d, mask=(d < D) & owned, other=0).to(tl.float32)
+        s = tl.load(source + i * source_row + d, mask=d < source_width, other=0).to(tl.float32)
         t = tl.load(target + j * target_row + d, mask=d < D, other=0).to(tl.float32)
         dots += s * t
         source_squares += s * s
@@ -56,14 +57,16 @@ def _own(
 
 @triton.jit
 def _cosines(
-    products, target_norms, target_ids, j, M, own, own_cosine, source_norm, source_id, with_ids,
+    products, target_norms, source_ids, target_ids, i, j, M, own, own_cosine, source_norm, with_ids,
 ):  # fmt: skip
     """One row's cosines at columns j, which of them count, and 1 / (|s| |t|)."""
     inside = j < M
     scale = inverse(source_norm) * inverse(tl.load(target_norms + j, mask=inside, other=1))
     cosines = tl.where(j == own, own_cosine, tl.load(products + j, mask=inside, other=0) * scale)
-    equal = source_id == tl.load(target_ids + j, mask=inside & (with_ids != 0), other=0)
-    return cosines, inside & ((with_ids == 0) | (j == own) | (equal == 0)), scale
+    if with_ids != 0:
+        equal = tl.load(source_ids + i) == tl.load(target_ids + j, mask=inside, other=0)
+        inside = inside & ((j == own) | (equal == 0))
+    return cosines, inside, scale
 
 
 @triton.jit
@@ -90,10 +93,9 @@ def _column_sums(
     total = tl.zeros([BLOCK_M], tl.float32)
     for local in range(part * per_part, tl.minimum((part + 1) * per_part, rows)):
         i = first_row + local
-        source_id = tl.load(source_ids + i, mask=with_ids != 0, other=0)
+        own_cosine, source_norm = tl.load(own_cosines + i), tl.load(source_norms + i)
         cosines, counts, _ = _cosines(
-            products, target_norms, target_ids, j, M, i, tl.load(own_cosines + i), tl.load(source_norms + i), source_id,
-            with_ids,
+            products, target_norms, source_ids, target_ids, i, j, M, i, own_cosine, source_norm, with_ids
         )  # fmt: skip
         power = tl.where(counts, (cosines - own_of_columns) * sharpness, float("-inf"))
         highest, total = _add_power(highest, total, power, FIXED)
@@ -113,13 +115,12 @@ def _panel(
     weights += tl.program_id(0).to(tl.int64) * M
     own_cosine = tl.load(own_cosines + i)
     source_norm = tl.load(source_norms + i)
-    source_id = tl.load(source_ids + i, mask=with_ids != 0, other=0)
     highest = tl.full([BLOCK_M], 0.0 if FIXED else -1e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, M, BLOCK_M):
         j = start + tl.arange(0, BLOCK_M)
         cosines, counts, _ = _cosines(
-            products, target_norms, target_ids, j, M, own, own_cosine, source_norm, source_id, with_ids
+            products, target_norms, source_ids, target_ids, i, j, M, own, own_cosine, source_norm, with_ids
         )  # fmt: skip
         power = tl.where(counts, (cosines - own_cosine) * sharpness, float("-inf"))
         highest, total = _add_power(highest, total, power, FIXED)
@@ -135,7 +136,7 @@ def _panel(
         for start in range(0, M, BLOCK_M):
             j = start + tl.arange(0, BLOCK_M)
             cosines, counts, scale = _cosines(
-                products, target_norms, target_ids, j, M, own, own_cosine, source_norm, source_id, with_ids
+                products, target_norms, source_ids, target_ids, i, j, M, own, own_cosine, source_norm, with_ids
             )  # fmt: skip
             power = tl.where(counts, (cosines - own_cosine) * sharpness, float("-inf"))
             share = tl.exp2(power - top) / whole
