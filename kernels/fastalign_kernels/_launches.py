@@ -146,8 +146,8 @@ def _pool_and_spread(hidden: torch.Tensor, mask: torch.Tensor | None, starts: to
 
 def _info_nce() -> None:
     module = importlib.import_module(f"{PACKAGE}.info_nce")
-    sizes = (("fused", 20, 30), ("fused", 64, 64), ("fused", 100, 128))
-    sizes += tuple(product(("dense", "panels"), (2048,), (2048, 2049)))
+    sizes = [("fused", 20, 2**power) for power in range(5, module.FUSED.bit_length())]
+    sizes += product(("dense", "panels"), (2048,), (2048, 2049))
     for (dtype, (width, cut)), (regime, rows, targets) in product(LAYOUTS, sizes):
         source, target = (_empty(size, width, dtype=dtype, cut=cut) for size in (rows, targets))
         for fast, temperature in ((False, 1.0),) if regime == "fused" else product((False, True), (1.0, 0.01)):

@@ -28,6 +28,7 @@ class Problem(NamedTuple):
 
 
 @triton.jit
-def inverse(norm):
-    """1 / norm; 1 for a zero row; NaN where the squares were beyond fp32, so that no wrong cosine comes of it."""
-    return tl.where(norm == float("inf"), float("nan"), 1.0 / tl.where(norm == 0, 1.0, norm))
+def lengths(source_norm, target_norm):
+    """|s| |t|, with 1 for a row of zeros, and NaN where the squares were beyond fp32: no wrong cosine may come of it."""
+    product = tl.where(source_norm == 0, 1.0, source_norm) * tl.where(target_norm == 0, 1.0, target_norm)
+    return tl.where(product == float("inf"), float("nan"), product)

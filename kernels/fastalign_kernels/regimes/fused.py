@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalign_kernels.regimes import Problem, inverse
+from fastalign_kernels.regimes import Problem, lengths
 
 LIMIT = 256
 TILE = 32
@@ -72,38 +72,39 @@ def _add_shares(part, inside, stride, shares):
 
 @triton.jit
 def _power(
-    gram, squares, source_ids, target_ids, target_inverse, i, j, N, M, shares, padded, offset, sharpness, with_ids
+    gram, squares, source_ids, target_ids, target_norm, i, j, N, M, shares, padded, offset, sharpness, with_ids
 ):
-    """Of some rows: products, 1 / |s|, cosines times sharpness, which of them count, which are the rows' own."""
+    """Of some rows: cosines times sharpness, which of them count (NaN does), which are the rows' own, |s| |t|."""
     inside = (i < N)[:, None] & (j < M)[None, :]
     products = _add_shares(gram + i[:, None] * padded + j[None, :], inside, padded * padded, shares)
-    source_inverse = inverse(tl.sqrt(_add_shares(squares + i, i < N, 2 * padded, shares)))
-    power = products * source_inverse[:, None] * target_inverse[None, :] * sharpness
+    source_norm = tl.sqrt_rn(_add_shares(squares + i, i < N, 2 * padded, shares))
+    length = lengths(source_norm[:, None], target_norm[None, :])
+    power = tl.div_rn(products, length) * sharpness
     own = inside & (j[None, :] == i[:, None] + offset)
     if with_ids != 0:
         source_id = tl.load(source_ids + i, mask=i < N, other=0)
         target_id = tl.load(target_ids + j, mask=j < M, other=0)
-        inside = inside & (own | (source_id[:, None] != target_id[None, :]))
-    return products, source_inverse, power, inside, own
+        inside = inside & (own | (source_id[:, None] != target_id[None, :]) | (power != power))
+    return power, inside, own, length
 
 
 @triton.jit(do_not_specialize=["N", "M", "shares", "padded", "offset", "symmetric", "with_ids"])
 def _weights(
-    gram, squares, source_ids, target_ids, weights, alongs, loss, grad_temperature,
+    gram, squares, source_ids, target_ids, weights, loss, grad_temperature,
     N, M, shares, padded, offset, temperature, symmetric, with_ids, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Loss, its slope in the temperature, W, and the share of each gradient along its own row."""
+    """Loss, its slope in the temperature, and W with the factor of the gradients in it."""
     sharpness = 1.0 / (temperature * LN2)
     j = tl.arange(0, BLOCK_M)
-    target_inverse = inverse(tl.sqrt(_add_shares(squares + padded + j, j < M, 2 * padded, shares)))
+    target_norm = tl.sqrt_rn(_add_shares(squares + padded + j, j < M, 2 * padded, shares))
     column_high = tl.full([BLOCK_M], -1e30, tl.float32)
     column_total = tl.zeros([BLOCK_M], tl.float32)
     column_own = tl.zeros([BLOCK_M], tl.float32)
     if symmetric != 0:
         for start in range(0, N, BLOCK_N):
             i = start + tl.arange(0, BLOCK_N)
-            _, _, power, counts, own = _power(
-                gram, squares, source_ids, target_ids, target_inverse, i, j, N, M, shares, padded, offset, sharpness,
+            power, counts, own, _ = _power(
+                gram, squares, source_ids, target_ids, target_norm, i, j, N, M, shares, padded, offset, sharpness,
                 with_ids,
             )  # fmt: skip
             power = tl.where(counts, power, float("-inf"))
@@ -116,12 +117,11 @@ def _weights(
     total_loss = tl.where(symmetric != 0, tl.sum(terms, 0), 0.0)
 
     slope = tl.zeros([BLOCK_M], tl.float32)
-    along_target = tl.zeros([BLOCK_M], tl.float32)
     scale = tl.where(symmetric != 0, 0.5, 1.0) / N
     for start in range(0, N, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
-        products, source_inverse, power, counts, own = _power(
-            gram, squares, source_ids, target_ids, target_inverse, i, j, N, M, shares, padded, offset, sharpness,
+        power, counts, own, length = _power(
+            gram, squares, source_ids, target_ids, target_norm, i, j, N, M, shares, padded, offset, sharpness,
             with_ids,
         )  # fmt: skip
         row_own = tl.sum(tl.where(own, power, 0.0), 1)
@@ -137,48 +137,50 @@ def _weights(
             softmax = tl.where(counts, tl.exp2(power - column_high[None, :]), 0.0) / column_total[None, :]
             slope += tl.sum(tl.where(counts, softmax * (power - column_own[None, :]), 0.0), 0)
             weight += tl.where(own, softmax - 1.0, softmax)
-        weight *= source_inverse[:, None] * target_inverse[None, :] * (scale / temperature)
+        weight *= (scale / temperature) / length
         tl.store(weights + i[:, None] * M + j[None, :], weight, mask=(i < N)[:, None] & (j < M)[None, :])
-        along = weight * products
-        tl.store(alongs + i, tl.sum(along, 1) * source_inverse * source_inverse, mask=i < N)
-        along_target += tl.sum(along, 0)
-    tl.store(alongs + N + j, along_target * target_inverse * target_inverse, mask=j < M)
     tl.store(loss, total_loss * LN2 * scale)
     tl.store(grad_temperature, -tl.sum(slope, 0) * LN2 * scale / temperature)
 
 
-@triton.jit(do_not_specialize=["N", "M", "for_source", "for_target"])
+@triton.jit(do_not_specialize=["N", "M", "first", "rows"])
 def _gradients(
-    source, target, weights, alongs, grad_source, grad_target, N, M, D, source_row, target_row, for_source, for_target,
+    source, target, weights, raw, alongs, N, M, D, source_row, target_row, first, rows,
     TILE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_D columns of the gradient of TILE rows: W t for sources, then W^T s for targets, less what lies along."""
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    source_tiles = tl.cdiv(N, TILE) * for_source
+    """BLOCK_D columns of u = W t for TILE sources, or of v = W^T s for targets; their part of <u, s> and of <s, s>.
+
+    Rows are counted through: sources are 0 to N - 1, targets follow. Those from `first` on get a gradient, `rows` of
+    them; tiles do not cross the border.
+    """
+    block = tl.program_id(0)
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    source_tiles = tl.where(first == 0, tl.cdiv(N, TILE), 0)
     of_source = tl.program_id(1) < source_tiles
     if of_source:
-        mine, mine_row, other, other_row, grad, rows, others = source, source_row, target, target_row, grad_source, N, M
+        mine, mine_row, other, other_row, mine_rows, other_rows = source, source_row, target, target_row, N, M
         i = tl.program_id(1) * TILE + tl.arange(0, TILE)
-        weight_row, weight_column = M, 1
+        weight_row, weight_column, place = M, 1, i - first
     else:
-        mine, mine_row, other, other_row, grad, rows, others = target, target_row, source, source_row, grad_target, M, N
+        mine, mine_row, other, other_row, mine_rows, other_rows = target, target_row, source, source_row, M, N
         i = (tl.program_id(1) - source_tiles) * TILE + tl.arange(0, TILE)
-        weight_row, weight_column = 1, M
-        alongs += N
+        weight_row, weight_column, place = 1, M, i + N - first
     total = tl.zeros([TILE, BLOCK_D], tl.float32)
-    for start in range(0, others, TILE):
+    for start in range(0, other_rows, TILE):
         k = start + tl.arange(0, TILE)
         weight = tl.load(
             weights + i[:, None] * weight_row + k[None, :] * weight_column,
-            mask=(i < rows)[:, None] & (k < others)[None, :], other=0,
+            mask=(i < mine_rows)[:, None] & (k < other_rows)[None, :], other=0,
         )  # fmt: skip
         states = other + k.to(tl.int64)[:, None] * other_row + d[None, :]
-        states = tl.load(states, mask=(k < others)[:, None] & (d < D)[None, :], other=0).to(tl.float32)
+        states = tl.load(states, mask=(k < other_rows)[:, None] & (d < D)[None, :], other=0).to(tl.float32)
         total = tl.dot(weight, states, total, input_precision="tf32x3")
-    inside = (i < rows)[:, None] & (d < D)[None, :]
+    inside = (i < mine_rows)[:, None] & (d < D)[None, :]
     states = tl.load(mine + i.to(tl.int64)[:, None] * mine_row + d[None, :], mask=inside, other=0).to(tl.float32)
-    total -= tl.load(alongs + i, mask=i < rows, other=0)[:, None] * states
-    tl.store(grad + i.to(tl.int64)[:, None] * D + d[None, :], total.to(grad.dtype.element_ty), mask=inside)
+    tl.store(raw + place.to(tl.int64)[:, None] * D + d[None, :], total, mask=inside)
+    alongs += block * 2 * rows + place
+    tl.store(alongs, tl.sum(total * states, 1), mask=i < mine_rows)
+    tl.store(alongs + rows, tl.sum(states * states, 1), mask=i < mine_rows)
 
 
 def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:

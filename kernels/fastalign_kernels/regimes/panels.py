@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalign_kernels.regimes import Problem, inverse
+from fastalign_kernels.regimes import Problem, lengths
 
 FIXED_REFERENCE = 0.03  # exp(2 / 0.03) 2^30 still fits fp32
 ROWS_PER_PART = 256  # of a column's sum
@@ -48,25 +48,25 @@ def _own(
         dots += s * t
         source_squares += s * s
         target_squares += t * t
-    source_norm = tl.sqrt(tl.sum(source_squares, 0))
-    target_norm = tl.sqrt(tl.sum(target_squares, 0))
+    source_norm = tl.sqrt_rn(tl.sum(source_squares, 0))
+    target_norm = tl.sqrt_rn(tl.sum(target_squares, 0))
     tl.store(target_norms + j, target_norm)
     tl.store(source_norms + i, source_norm, mask=owned)
-    tl.store(own_cosines + i, tl.sum(dots, 0) * inverse(source_norm) * inverse(target_norm), mask=owned)
+    tl.store(own_cosines + i, tl.div_rn(tl.sum(dots, 0), lengths(source_norm, target_norm)), mask=owned)
 
 
 @triton.jit
 def _cosines(
     products, target_norms, source_ids, target_ids, i, j, M, own, own_cosine, source_norm, with_ids,
 ):  # fmt: skip
-    """One row's cosines at columns j, which of them count, and 1 / (|s| |t|)."""
+    """One row's cosines at columns j, which of them count (NaN does), and |s| |t|."""
     inside = j < M
-    scale = inverse(source_norm) * inverse(tl.load(target_norms + j, mask=inside, other=1))
-    cosines = tl.where(j == own, own_cosine, tl.load(products + j, mask=inside, other=0) * scale)
+    length = lengths(source_norm, tl.load(target_norms + j, mask=inside, other=1))
+    cosines = tl.where(j == own, own_cosine, tl.div_rn(tl.load(products + j, mask=inside, other=0), length))
     if with_ids != 0:
         equal = tl.load(source_ids + i) == tl.load(target_ids + j, mask=inside, other=0)
-        inside = inside & ((j == own) | (equal == 0))
-    return cosines, inside, scale
+        inside = inside & ((j == own) | (equal == 0) | (cosines != cosines))
+    return cosines, inside, length
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def _panel(
         slope = tl.zeros([BLOCK_M], tl.float32)
         for start in range(0, M, BLOCK_M):
             j = start + tl.arange(0, BLOCK_M)
-            cosines, counts, scale = _cosines(
+            cosines, counts, length = _cosines(
                 products, target_norms, source_ids, target_ids, i, j, M, own, own_cosine, source_norm, with_ids
             )  # fmt: skip
             power = tl.where(counts, (cosines - own_cosine) * sharpness, float("-inf"))
@@ -149,7 +149,7 @@ def _panel(
                 share = tl.exp2(power - log_sum)
                 slope += tl.where(counts, share * power, 0.0)
                 weight += tl.where(j == own, share - 1.0, share)
-            tl.store(weights + j, (weight * scale).to(weights.dtype.element_ty), mask=j < M)
+            tl.store(weights + j, (weight / length).to(weights.dtype.element_ty), mask=j < M)
         tl.store(slopes + i, tl.sum(slope, 0))
 
 
@@ -159,13 +159,13 @@ def _project(raw, rows, norms, grad, first_row, D, rows_row, factor, BLOCK_D: tl
     i = first_row + tl.program_id(0).to(tl.int64)
     raw += tl.program_id(0).to(tl.int64) * D
     rows += i * rows_row
-    to_unit = inverse(tl.load(norms + i))
+    norm = tl.load(norms + i)
     along = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         u = tl.load(raw + d, mask=d < D, other=0)
         along += u * tl.load(rows + d, mask=d < D, other=0).to(tl.float32)
-    share = tl.sum(along, 0) * to_unit * to_unit
+    share = tl.sum(along, 0) / lengths(norm, norm)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         u = tl.load(raw + d, mask=d < D, other=0)
