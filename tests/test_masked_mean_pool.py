@@ -13,7 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 import fastalign_kernels
 from fastalign_kernels.reference import masked_mean_pool as twin
 
-BACKENDS = ["twin", "torch"]  # the twin alone, as where Triton is not installed, and through the operator
+# The twin alone, as where Triton is not installed, and through the operator; the kernels, in the interpreter.
+BACKENDS = ["twin", "torch", "triton"]
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
 OPTIONS = [{"skip_first": skip, "normalize": scaled} for skip in (False, True) for scaled in (False, True)]
 with_options = pytest.mark.parametrize("options", OPTIONS, ids=["plain", "normalize", "skip", "skip-normalize"])

@@ -72,10 +72,12 @@ def loss_and_gradients(
     fast: bool,
     needs: Sequence[bool],
     grads: Sequence[torch.Tensor] | None = None,
+    alongs: Sequence[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss on Triton and its gradients for an upstream gradient of 1; same contract as the twin's.
 
-    `grads`: where to write the gradients of source and target, contiguous, if not to new memory.
+    `grads`: where to write the gradients of source and target, contiguous, if not to new memory. `alongs`: leave their
+    projection to the caller, see `regimes.fused.run`.
     """
     dtype = source.dtype if source.dtype == target.dtype else torch.float32
     source, target = (x.to(dtype) if x.stride(1) == 1 else x.to(dtype).contiguous() for x in (source, target))
@@ -87,8 +89,8 @@ def loss_and_gradients(
     problem = Problem(
         source=source,
         target=target,
-        source_ids=unused if source_ids is None else source_ids.long(),
-        target_ids=unused if target_ids is None else target_ids.long(),
+        source_ids=unused if source_ids is None else source_ids.long().contiguous(),
+        target_ids=unused if target_ids is None else target_ids.long().contiguous(),
         with_ids=source_ids is not None,
         grad_source=grad_source,
         grad_target=grad_target,
@@ -102,7 +104,7 @@ def loss_and_gradients(
     name = regime(len(source), len(target), fast=fast)
     with on_device(source), torch.autocast(source.device.type, enabled=False), _ieee_fp32():
         if name == "fused":
-            loss, slope = fused.run(problem)
+            loss, slope = fused.run(problem, alongs)
         else:
             rows = len(source) if name == "dense" else _panel_rows(len(source), len(target), fast)
             loss, slope = panels.run(problem, rows, torch.bfloat16 if fast else torch.float32)

@@ -30,7 +30,9 @@ from fastalign_kernels.reference import masked_mean_pool as reference
 
 BLOCK_T = 16
 BLOCK_BYTES = 512  # of one token in a program: a warp's worth of 16-byte loads
+WARPS = tl.constexpr(4)  # of a program, Triton's default: token t of a block is in warp t % 4, and adds up there
 SCAN = tl.constexpr(512)  # mask entries looked at together
+REGISTERS = 128  # a bound that no kernel reaches: without one the assembler spills some to fit more programs
 PROGRAMS_PER_SM = 8  # below that, rows are split
 TOKENS_PER_SPLIT = 64  # a smaller part would not pay for the second kernel
 
@@ -85,14 +87,15 @@ def _pool(
     begin = first + part * per_part
     end = tl.minimum(begin + per_part, end)
 
-    total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    total = tl.zeros([WARPS, BLOCK_D], tl.float32)  # not BLOCK_T rows: the registers are for loads in flight
     for t0 in range(begin, end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         keep = (t < end) & (t != dropped)
         if MASKED:
             keep = keep & (tl.load(mask + t.to(tl.int64) * mask_token, mask=keep, other=0) != 0)
         states = hidden + t.to(tl.int64)[:, None] * hidden_token + d[None, :]
-        total += tl.load(states, mask=keep[:, None] & (d < D)[None, :], other=0).to(tl.float32)
+        tile = tl.load(states, mask=keep[:, None] & (d < D)[None, :], other=0).to(tl.float32)
+        total += tl.sum(tl.reshape(tile, [BLOCK_T // WARPS, WARPS, BLOCK_D]), 0)
     tl.store(mean + part * mean_stride + row * D + d, tl.sum(total, 0) / tl.maximum(count, 1), mask=d < D)
     if program % (column_blocks * splits) == 0:
         tl.store(counts + row, count)
@@ -106,18 +109,24 @@ def _finish(parts, pooled, norms, D, parts_stride, splits, normalize, BLOCK_D: t
     parts += row * D
     norm = 1.0
     if normalize != 0:
+        highest = tl.zeros([BLOCK_D], tl.float32)
+        for d0 in range(0, D, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
+            highest = tl.maximum(highest, tl.abs(_sum_parts(parts + d, d < D, parts_stride, splits, BLOCK_D)))
+        scale = tl.max(highest, 0)  # the squares alone may overflow or vanish
+        scale = tl.where(scale == 0, 1.0, scale)
         squares = tl.zeros([BLOCK_D], tl.float32)
         for d0 in range(0, D, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
-            mean = _sum_parts(parts + d, d < D, parts_stride, splits, BLOCK_D)
+            mean = _sum_parts(parts + d, d < D, parts_stride, splits, BLOCK_D) / scale
             squares += mean * mean
-        norm = tl.sqrt(tl.sum(squares, 0))
+        norm = tl.sqrt_rn(tl.sum(squares, 0)) * scale
         tl.store(norms + row, norm)
         norm = tl.where(norm == 0, 1.0, norm)
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
         mean = _sum_parts(parts + d, d < D, parts_stride, splits, BLOCK_D)
-        tl.store(pooled + row * D + d, mean / norm, mask=d < D)
+        tl.store(pooled + row * D + d, tl.div_rn(mean, norm), mask=d < D)
 
 
 @triton.jit
@@ -130,29 +139,52 @@ def _sum_parts(part, inside, stride, splits, BLOCK_D: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["N", "T", "tokens", "splits", "scaled", "mask_row", "mask_token", "grad_row", "grad_column"]
+    do_not_specialize=[
+        "N",
+        "T",
+        "tokens",
+        "splits",
+        "blocks",
+        "scaled",
+        "mask_row",
+        "mask_token",
+        "grad_row",
+        "grad_column",
+    ]
 )
 def _spread(
-    grad, counts, firsts, mask, cu_seqlens, scale, out,
-    N, T, D, tokens, grad_row, grad_column, mask_row, mask_token, splits, scaled,
+    grad, means, alongs, counts, firsts, mask, cu_seqlens, scale, out,
+    N, T, D, tokens, grad_row, grad_column, mask_row, mask_token, splits, blocks, scaled,
     MASKED: tl.constexpr, FLAT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write d pooled[row] / count to every kept token of (a part of) the row, and zeros to the others."""
+    """Write d pooled[row] / count to every kept token of (a part of) the row, and zeros to the others.
+
+    With `blocks`, d pooled lacks the projection of `info_nce`: its share along the row itself is taken out here.
+    """
     column_blocks = tl.cdiv(D, BLOCK_D)
     program = tl.program_id(0)
     part = program // column_blocks % splits
     row = (program // column_blocks // splits).to(tl.int64)
     d = program % column_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     start, length = _row(cu_seqlens, row, T, FLAT)
-    begin, end = tl.full([], 0, tl.int64), length.to(tl.int64)
+    begin, end = length * 0, length
     if FLAT:  # what lies before the first and behind the last row belongs to none, and gets its zeros from them
-        begin = tl.where(row == 0, -start, begin)
-        end = tl.where(row == N - 1, tokens - start, end)
+        begin = tl.where(row == 0, -start, begin).to(tl.int32)
+        end = tl.where(row == N - 1, tokens - start, end).to(tl.int32)
     out += (row * T * (1 - FLAT) + start) * D
     if MASKED:
         mask += row * mask_row
 
     value = tl.load(grad + row * grad_row + d.to(tl.int64) * grad_column, mask=d < D, other=0).to(tl.float32)
+    if blocks != 0:
+        along, square = 0.0, 0.0
+        for start_block in range(0, blocks, BLOCK_T):
+            block = start_block + tl.arange(0, BLOCK_T)
+            dots = alongs + block * 2 * N + row
+            along += tl.sum(tl.load(dots, mask=block < blocks, other=0), 0)
+            square += tl.sum(tl.load(dots + N, mask=block < blocks, other=0), 0)
+        share = along / tl.where(square == 0, 1.0, square)
+        value -= share * tl.load(means + row * D + d, mask=d < D, other=0)
     if scaled != 0:
         value *= tl.load(scale).to(tl.float32)
     value = (value / tl.maximum(tl.load(counts + row), 1))[None, :]
@@ -164,10 +196,10 @@ def _spread(
         t = t0 + tl.arange(0, BLOCK_T)
         keep = (t >= 0) & (t < length) & (t != dropped)
         if MASKED:
-            keep = keep & (tl.load(mask + t * mask_token, mask=keep, other=0) != 0)
+            keep = keep & (tl.load(mask + t.to(tl.int64) * mask_token, mask=keep, other=0) != 0)
         tile = tl.where(keep[:, None], value, 0.0)
         inside = (t < end)[:, None] & (d < D)[None, :]
-        tl.store(out + t[:, None] * D + d[None, :], tile.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + t.to(tl.int64)[:, None] * D + d[None, :], tile.to(out.dtype.element_ty), mask=inside)
 
 
 class _Plan(NamedTuple):
@@ -188,7 +220,7 @@ def _plan(states: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Ten
         rows, tokens, width = states.shape
         average = tokens
     else:
-        cu_seqlens = cu_seqlens.to(states.device, torch.int64)
+        cu_seqlens = cu_seqlens.to(states.device, torch.int64).contiguous()
         rows, tokens, width = len(cu_seqlens) - 1, 0, states.shape[1]
         average = states.shape[0] // rows
     if mask is not None and mask.dtype not in (torch.uint8, torch.int64):
@@ -226,10 +258,12 @@ def pool(
         _pool[plan.grid](
             hidden, mask, plan.cu_seqlens, parts, counts, firsts,
             plan.tokens, width, 0 if plan.cu_seqlens is not None else hidden.stride(0), hidden.stride(-2),
-            *_strides(mask), rows * width, plan.splits, int(skip_first), **plan.constants,
+            *_strides(mask), rows * width, plan.splits, int(skip_first), **plan.constants, maxnreg=REGISTERS,
         )  # fmt: skip
         if finish:
-            _finish[(rows,)](parts, pooled, norms, width, rows * width, plan.splits, int(normalize), BLOCK_D=1024)
+            _finish[(rows,)](
+                parts, pooled, norms, width, rows * width, plan.splits, int(normalize), BLOCK_D=1024, maxnreg=REGISTERS
+            )
     return pooled, counts, firsts, norms
 
 
@@ -244,16 +278,22 @@ def spread(
     shape: Sequence[int],
     dtype: torch.dtype,
     scale: torch.Tensor | None = None,
+    along: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The backward on Triton; same contract as the twin's."""
+    """The backward on Triton; same contract as the twin's.
+
+    `along`: the means and, (blocks, 2, N), parts of <grad, mean> and <mean, mean>, to project the gradient on the way.
+    """
+    means, alongs = (grad, grad) if along is None else along
     grad = reference.through_norm(grad, pooled, norms)
     out = torch.empty(shape, dtype=dtype, device=grad.device)
     plan = _plan(out, mask, cu_seqlens)
     with on_device(out):
         _spread[plan.grid](
-            grad, counts, firsts, plan.mask, plan.cu_seqlens, grad if scale is None else scale, out,
+            grad, means, alongs, counts, firsts, plan.mask, plan.cu_seqlens,
+            grad if scale is None else scale, out,
             plan.rows, plan.tokens, plan.width, shape[0], *grad.stride(), *_strides(plan.mask), plan.splits,
-            int(scale is not None), **plan.constants,
+            0 if along is None else len(alongs), int(scale is not None), **plan.constants, maxnreg=REGISTERS,
         )  # fmt: skip
     return out
 

@@ -7,8 +7,8 @@ and a pass before finds it. Panel memory: 4 + b bytes an element (b of W: 2 or 4
 
 Sums of exponentials are taken relative to the row's own positive: 2^((c - c_own) / (tau ln 2)). Cosines are within 1,
 so down to FIXED_REFERENCE nothing overflows, no maximum is searched and the parts of a sum are simply added; below,
-every lane keeps its own maximum. The positive's cosine comes from `_own` in fp32 even where operands are bf16, so that
-a batch of one has loss 0 exactly.
+every lane keeps its own maximum. The positives' cosines come from `_own`, from the same operands as the products, and
+stand in for theirs, so that a batch of one has loss 0 exactly.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalign_kernels.regimes import Problem, lengths
+from fastalign_kernels.regimes import Problem, lengths, project
 
 FIXED_REFERENCE = 0.03  # exp(2 / 0.03) 2^30 still fits fp32
 ROWS_PER_PART = 256  # of a column's sum
@@ -153,41 +153,19 @@ def _panel(
         tl.store(slopes + i, tl.sum(slope, 0))
 
 
-@triton.jit(do_not_specialize=["first_row"])
-def _project(raw, rows, norms, grad, first_row, D, rows_row, factor, BLOCK_D: tl.constexpr):
-    """Through the normalisation: factor * (u - <u, x> x / |x|^2)."""
-    i = first_row + tl.program_id(0).to(tl.int64)
-    raw += tl.program_id(0).to(tl.int64) * D
-    rows += i * rows_row
-    norm = tl.load(norms + i)
-    along = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        u = tl.load(raw + d, mask=d < D, other=0)
-        along += u * tl.load(rows + d, mask=d < D, other=0).to(tl.float32)
-    share = tl.sum(along, 0) / lengths(norm, norm)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        u = tl.load(raw + d, mask=d < D, other=0)
-        x = tl.load(rows + d, mask=d < D, other=0).to(tl.float32)
-        tl.store(grad + i * D + d, (factor * (u - share * x)).to(grad.dtype.element_ty), mask=d < D)
-
-
 def run(p: Problem, panel_rows: int, operand: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and, where asked for, d loss / d temperature; the gradients of the rows go to where the problem says.
 
     `operand` is the dtype of what the products multiply.
     """
     (rows, width), targets = p.source.shape, len(p.target)
-    source_row, target_row = p.source.stride(0), p.target.stride(0)
     source_norms, target_norms, own_cosines, losses, slopes, column_log_sums = (
         p.source.new_empty(size, dtype=torch.float32) for size in (rows, targets, rows, rows, rows, targets)
     )
-    _own[(targets,)](
-        p.source, p.target, source_norms, target_norms, own_cosines, rows, width, source_row, target_row, p.offset,
-        BLOCK_D=1024,
-    )  # fmt: skip
     s, t = p.source.to(operand), p.target.to(operand)
+    _own[(targets,)](
+        s, t, source_norms, target_norms, own_cosines, rows, width, s.stride(0), t.stride(0), p.offset, BLOCK_D=1024
+    )
     starts = range(0, rows, panel_rows)
     known = source_norms, target_norms, own_cosines
     sharpness, fixed = 1 / (p.temperature * math.log(2)), p.temperature >= FIXED_REFERENCE
@@ -227,14 +205,11 @@ def run(p: Problem, panel_rows: int, operand: torch.dtype) -> tuple[torch.Tensor
             raw_target = _add_product(raw_target, weights.T, s[first : first + panel_rows])
         if p.for_source:
             raw = _product(weights, t)
-            _project[(len(raw),)](
-                raw, p.source, source_norms, p.grad_source, first, width, source_row, factor, BLOCK_D=1024
-            )
+            rows_of_panel = slice(first, first + panel_rows)
+            project(raw, p.source[rows_of_panel], p.grad_source[rows_of_panel], factor)
         del weights  # before the next panel takes its memory
     if p.for_target:
-        _project[(targets,)](
-            raw_target, p.target, target_norms, p.grad_target, 0, width, target_row, factor, BLOCK_D=1024
-        )
+        project(raw_target, p.target, p.grad_target, factor)
     return losses.sum() * (factor * p.temperature), slopes.sum() * (-math.log(2) * factor)
 
 
