@@ -98,6 +98,34 @@ def test_what_is_launched(launched, monkeypatch):
     assert launched == []
 
 
+def test_the_backward_makes_nothing_but_the_gradient():
+    """An output without a gradient would get one of zeros: a launch, and memory, for each."""
+    hidden, source, target = (states(*shape).requires_grad_() for shape in ((8, 5, 40), (4, 40), (4, 40)))
+    for value, leaves in (
+        (pooled_loss(hidden, some_mask(8, 5)), [hidden]),
+        (kernels.info_nce(source, target, temperature=0.1, backend="triton"), [source, target]),
+        (kernels.masked_mean_pool(hidden, backend="triton"), [hidden]),
+    ):
+        upstream = torch.ones_like(value)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+            torch.autograd.grad(value, leaves, upstream)
+        names = {event.name for event in recorded.events() or ()}
+        assert len(names) > 2 and not names & {"aten::zeros", "aten::fill_", "aten::zero_", "aten::clone"}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_second_derivative_is_refused(backend):
+    hidden = states(8, 5, 40).requires_grad_()
+    for loss in (
+        pooled_loss(hidden, None, backend),
+        kernels.info_nce(hidden[:4, 0], hidden[4:, 0], temperature=0.1, backend=backend),
+        kernels.masked_mean_pool(hidden, normalize=True, backend=backend).sum(),
+    ):
+        (grad,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"autograd formula|not require grad|differentiat"):
+            torch.autograd.grad(grad.sum(), hidden)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck(backend):
     hidden, mask, starts = states(8, 5, 40), some_mask(8, 5), torch.tensor([0, 3, 3, 9])
@@ -115,6 +143,8 @@ def test_opcheck(backend):
         check(OPERATORS.masked_mean_pool.default, flat, None, starts, False, normalize, backend)
     check(OPERATORS.info_nce.default, hidden[:4, 0], hidden[4:, 0], tau, True, 0, ids, ids, False, needs, backend)
     check(OPERATORS.info_nce.default, hidden[:2, 0], hidden[:4, 1], tau, False, 1, None, None, True, needs, backend)
+    half = hidden.bfloat16()  # two dtypes: each gradient has its own
+    check(OPERATORS.info_nce.default, half[:4, 0], hidden[4:, 0], tau, False, 0, None, None, False, needs, backend)
     check(
         OPERATORS.pooled_info_nce.default,
         *(hidden, mask, None, tau, True, True, True, ids, ids, False, needs, backend),

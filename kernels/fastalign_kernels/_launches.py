@@ -156,6 +156,12 @@ def _info_nce() -> None:
                     source, target, temperature, symmetric=rows == targets, target_offset=0, source_ids=None,
                     target_ids=None, fast=fast, needs=(True, True, True),
                 )  # fmt: skip
+    for dtype in (torch.bfloat16, torch.float16):  # two dtypes: read as fp32, each gradient in its own
+        source, target = _empty(64, 4096, dtype=dtype), _empty(64, 4096, dtype=torch.float32)
+        module.loss_and_gradients(
+            source, target, 1.0, symmetric=False, target_offset=0, source_ids=None, target_ids=None, fast=False,
+            needs=(True, True, True),
+        )  # fmt: skip
 
 
 def _pooled_info_nce() -> None:

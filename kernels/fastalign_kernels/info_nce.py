@@ -1,5 +1,5 @@
-"""InfoNCE on cosines, gradients made on the way: in two launches while all cosines fit in one program, on library
-matrix products and panels of rows above.
+"""InfoNCE on cosines, gradients made on the way: in a few small launches while all cosines stay in the L2 cache, on
+library matrix products and panels of rows above.
 
     c[i, j] = <s_i, t_j> / (|s_i| |t_j|)
     loss = mean_i  logsumexp_j(c[i, j] / tau) - c[i, o + i] / tau        symmetric: the mean of this and of the columns'
@@ -14,7 +14,7 @@ f = 1 / (N tau), the gradient needs no normalised vectors:
     d tau = -f / tau * sum_ij G[i, j] c[i, j]
 
 Never made: unit vectors, or anything by atomics: the same input gives the same bits. The products and W are made
-- fused (`regimes/fused.py`): in registers, up to 128 rows a side, all in two launches;
+- fused (`regimes/fused.py`): in the L2 cache, up to 256 rows a side, in three launches and a projection;
 - dense (`regimes/panels.py`): in memory, all at once, by library matrix products: 6 N M D FLOPs;
 - panels (the same file): some rows at a time, never more than PANEL_BYTES: 6 N M D, 8 N^2 D if symmetric.
 Bytes of a panel of R rows: R M (4 + b), b = 2 (fast: bf16 operands) or 4 (exact). Operands are read by every panel.
@@ -79,11 +79,12 @@ def loss_and_gradients(
     `grads`: where to write the gradients of source and target, contiguous, if not to new memory. `alongs`: leave their
     projection to the caller, see `regimes.fused.run`.
     """
+    kept = [reference.gradient_dtype(x.dtype) for x in (source, target)]
     dtype = source.dtype if source.dtype == target.dtype else torch.float32
     source, target = (x.to(dtype) if x.stride(1) == 1 else x.to(dtype).contiguous() for x in (source, target))
     grad_source, grad_target = grads or (
-        x.new_empty(x.shape if needed else 0, dtype=reference.gradient_dtype(dtype))
-        for x, needed in ((source, needs[0]), (target, needs[1]))
+        x.new_empty(x.shape if needed else 0, dtype=dtype)
+        for x, needed, dtype in zip((source, target), needs, kept, strict=False)
     )
     unused = source.new_empty(0, dtype=torch.int64)
     problem = Problem(
@@ -102,12 +103,13 @@ def loss_and_gradients(
         offset=target_offset,
     )
     name = regime(len(source), len(target), fast=fast)
-    with on_device(source), torch.autocast(source.device.type, enabled=False), _ieee_fp32():
+    with on_device(source):
         if name == "fused":
             loss, slope = fused.run(problem, alongs)
         else:
             rows = len(source) if name == "dense" else _panel_rows(len(source), len(target), fast)
-            loss, slope = panels.run(problem, rows, torch.bfloat16 if fast else torch.float32)
+            with torch.autocast(source.device.type, enabled=False), _ieee_fp32():
+                loss, slope = panels.run(problem, rows, torch.bfloat16 if fast else torch.float32)
     return loss, grad_source, grad_target, slope if needs[2] else slope.new_empty(0)
 
 
@@ -167,15 +169,27 @@ def _(source, target, temperature, symmetric, target_offset, source_ids, target_
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # else every output without a gradient gets one, of zeros, in the backward
     source, target, temperature, *_, ctx.needs, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.likes = [(x.shape, x.dtype, x.device) for x in (source, target, temperature)]
     ctx.save_for_backward(*output[1:])
 
 
+@torch.library.custom_op("fastalign::scaled", mutates_args=())
+def scaled(grad: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A gradient made in the forward, times the upstream one. It has no derivative: a second one is refused."""
+    return (grad * upstream).to(dtype)
+
+
+@scaled.register_fake
+def _(grad, upstream, dtype):
+    return torch.empty_like(grad, dtype=dtype)
+
+
 def _differentiate(ctx, upstream, *_):
     grads = [
-        (grad * upstream).to(device, dtype).reshape(shape) if needed else None
+        scaled(grad, upstream, dtype).to(device).reshape(shape) if needed else None
         for grad, (shape, dtype, device), needed in zip(ctx.saved_tensors, ctx.likes, ctx.needs, strict=True)
     ]
     return *grads, None, None, None, None, None, None, None
@@ -199,7 +213,8 @@ def info_nce(
     """Contrastive loss: every source row has to find its own target row among all targets.
 
     Args:
-        source: (N, D), floating point, of any length: rows are normalised here.
+        source: (N, D), floating point: rows are normalised here. Triton takes norms from 1e-15 to 1e15, the twin any; a
+            norm too small for Triton makes a row of zeros (cosine 0 with all), one too large makes the loss NaN.
         target: (M, D), M >= N, for example the targets gathered from all ranks; row target_offset + i
             belongs to source row i.
         temperature: above 0; the cosines are divided by it. A tensor of one element can get a gradient; on a GPU its
@@ -213,7 +228,7 @@ def info_nce(
 
     Returns:
         A scalar in fp32 (fp64 for fp64 input, by the twin), the mean over the N rows and the directions. NaN if a row
-        holds NaN or infinity.
+        holds NaN or infinity. Can be differentiated once.
 
     Raises:
         ValueError: shapes, devices, ids or the temperature do not fit, or Triton cannot run here. TypeError: wrong

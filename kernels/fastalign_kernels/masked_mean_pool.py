@@ -51,13 +51,17 @@ def _row(cu_seqlens, row, T, FLAT: tl.constexpr):
 def _scan(mask, length, stride, MASKED: tl.constexpr):
     """Number of tokens that count, position of the first and one past the last."""
     if MASKED:
-        count, first, end = 0, length, 0
+        counts = tl.zeros([SCAN], tl.int32)  # a lane each, brought together once: a reduction waits for all warps
+        firsts = tl.full([SCAN], 2**31 - 1, tl.int32)
+        ends = tl.zeros([SCAN], tl.int32)
         for start in range(0, length, SCAN):
             t = start + tl.arange(0, SCAN)
             keep = tl.load(mask + t.to(tl.int64) * stride, mask=t < length, other=0) != 0
-            count += tl.sum(keep.to(tl.int32), 0)
-            first = tl.minimum(first, tl.min(tl.where(keep, t, length), 0))
-            end = tl.maximum(end, tl.max(tl.where(keep, t + 1, 0), 0))
+            counts += keep.to(tl.int32)
+            firsts = tl.where(keep, tl.minimum(firsts, t), firsts)
+            ends = tl.where(keep, t + 1, ends)
+        count, end = tl.sum(counts, 0), tl.max(ends, 0)
+        first = tl.minimum(tl.min(firsts, 0), length)
         return count, first, end
     else:
         return length, length * 0, length
@@ -351,6 +355,7 @@ def _(grad, pooled, counts, firsts, norms, mask, cu_seqlens, shape, dtype, scale
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # else every output without a gradient gets one, of zeros, in the backward
     hidden, mask, cu_seqlens, _, normalize, ctx.backend = inputs
     pooled, counts, firsts, norms = output
     ctx.mark_non_differentiable(counts, firsts, norms)

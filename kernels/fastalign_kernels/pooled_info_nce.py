@@ -5,7 +5,7 @@
 Shapes: 2N rows (N sources, then their N targets) of T tokens, D hidden size; or flat. fp32 accumulation.
 Up to 256 pairs it takes five launches: pool; products, weights, gradient of the pooled rows (`regimes/fused.py`); and,
 in the backward, one write to the tokens with the projection to unit length and the upstream factor in it. Larger
-batches use the panels of `info_nce`; long rows are pooled in two launches.
+batches use the panels of `info_nce`; long rows are pooled in two launches, `detach` fills two tensors with zeros.
 Never made: anything of the states' size but their gradient. Kept between forward and backward: the pooled rows and
 their gradient, (2N, D) each, and counts.
 Bytes, for b bytes an element: those of `masked_mean_pool`, and some passes over (2N, D) in fp32.
@@ -19,7 +19,7 @@ import torch
 
 from fastalign_kernels._dispatch import use_triton
 from fastalign_kernels.info_nce import loss_and_gradients as info_nce_and_gradients
-from fastalign_kernels.info_nce import regime
+from fastalign_kernels.info_nce import regime, scaled
 from fastalign_kernels.masked_mean_pool import pool, spread
 from fastalign_kernels.reference import info_nce as loss_twin
 from fastalign_kernels.reference import masked_mean_pool as pooling_twin
@@ -136,6 +136,7 @@ def _(grad, pooled, alongs, counts, firsts, mask, cu_seqlens, shape, dtype, upst
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # else every output without a gradient gets one, of zeros, in the backward
     hidden, mask, cu_seqlens, temperature, *_, ctx.needs, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.hidden = hidden.shape, hidden.dtype
@@ -152,7 +153,7 @@ def _differentiate(ctx, upstream, *_):
         )
     if ctx.needs[2]:
         shape, dtype, device = ctx.temperature
-        grad_temperature = (slope * upstream).to(device, dtype).reshape(shape)
+        grad_temperature = scaled(slope, upstream, dtype).to(device).reshape(shape)
     return grad_hidden, None, None, grad_temperature, *[None] * 8
 
 
@@ -186,6 +187,7 @@ def pooled_info_nce(
 
     Returns:
         A scalar in fp32 (fp64 for fp64 input, by the twin). NaN if a token that counts holds NaN or infinity.
+        Can be differentiated once.
 
     Raises:
         ValueError: shapes, devices, ids or the temperature do not fit, or Triton cannot run here. TypeError: wrong

@@ -30,10 +30,16 @@ class Problem(NamedTuple):
 
 
 @triton.jit
+def norm(squares):
+    """|x| from |x|^2; 0 where that is too small for fp32 to tell from a row of zeros, NaN where it is beyond fp32."""
+    root = tl.sqrt_rn(tl.where(squares < 1e-30, 0.0, squares))
+    return tl.where(root == float("inf"), float("nan"), root)
+
+
+@triton.jit
 def lengths(source_norm, target_norm):
-    """|s| |t|, with 1 for a row of zeros, and NaN where the squares were beyond fp32, so that no wrong cosine comes."""
-    product = tl.where(source_norm == 0, 1.0, source_norm) * tl.where(target_norm == 0, 1.0, target_norm)
-    return tl.where(product == float("inf"), float("nan"), product)
+    """|s| |t|, with 1 for a row of zeros."""
+    return tl.where(source_norm == 0, 1.0, source_norm) * tl.where(target_norm == 0, 1.0, target_norm)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalign_kernels.regimes import Problem, lengths, project
+from fastalign_kernels.regimes import Problem, lengths, norm, project
 
 LIMIT = 256
 TILE = 32
@@ -79,7 +79,7 @@ def _cosines(gram, squares, source_ids, target_ids, target_norm, i, j, N, M, sha
     """Of some rows: cosines, which of them count (NaN does), which are the rows' own, |s| |t|."""
     inside = (i < N)[:, None] & (j < M)[None, :]
     products = _add_shares(gram + i[:, None] * padded + j[None, :], inside, padded * padded, shares)
-    source_norm = tl.sqrt_rn(_add_shares(squares + i, i < N, 2 * padded, shares))
+    source_norm = norm(_add_shares(squares + i, i < N, 2 * padded, shares))
     length = lengths(source_norm[:, None], target_norm[None, :])
     cosines = tl.div_rn(products, length)
     own = inside & (j[None, :] == i[:, None] + offset)
@@ -98,7 +98,7 @@ def _weights(
     """Loss, its slope in the temperature, and W with the factor of the gradients in it."""
     sharpness = 1.0 / (temperature * LN2)
     j = tl.arange(0, BLOCK_M)
-    target_norm = tl.sqrt_rn(_add_shares(squares + padded + j, j < M, 2 * padded, shares))
+    target_norm = norm(_add_shares(squares + padded + j, j < M, 2 * padded, shares))
     column_high = tl.full([BLOCK_M], -2.0, tl.float32)  # below any cosine
     column_total = tl.zeros([BLOCK_M], tl.float32)
     column_own = tl.zeros([BLOCK_M], tl.float32)
@@ -215,7 +215,7 @@ def run(p: Problem, alongs: Sequence[torch.Tensor] | None = None) -> tuple[torch
         return loss, slope
     grads = p.grad_source, p.grad_target
     raws = grads if alongs else (fp32(*p.grad_source.shape), fp32(*p.grad_target.shape))
-    along_source, along_target = alongs or empty_alongs(p.source, max(rows, targets)).expand(2, -1, -1, -1)
+    along_source, along_target = alongs or (empty_alongs(p.source, max(rows, targets)) for _ in range(2))
     _gradients[(triton.cdiv(width, BLOCK_D), tiles)](
         *inputs, weights, *raws, along_source, along_target, rows, targets, width, *strides,
         int(p.for_source), along_source.stride(1), TILE=TILE, BLOCK_D=BLOCK_D, maxnreg=REGISTERS,

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastalign_kernels.regimes import Problem, lengths, project
+from fastalign_kernels.regimes import Problem, lengths, norm, project
 
 FIXED_REFERENCE = 0.03  # exp(2 / 0.03) 2^30 still fits fp32
 ROWS_PER_PART = 256  # of a column's sum
@@ -48,23 +48,20 @@ def _own(
         dots += s * t
         source_squares += s * s
         target_squares += t * t
-    source_norm = tl.sqrt_rn(tl.sum(source_squares, 0))
-    target_norm = tl.sqrt_rn(tl.sum(target_squares, 0))
+    source_norm = norm(tl.sum(source_squares, 0))
+    target_norm = norm(tl.sum(target_squares, 0))
     tl.store(target_norms + j, target_norm)
     tl.store(source_norms + i, source_norm, mask=owned)
     tl.store(own_cosines + i, tl.div_rn(tl.sum(dots, 0), lengths(source_norm, target_norm)), mask=owned)
 
 
 @triton.jit
-def _cosines(
-    products, target_norms, source_ids, target_ids, i, j, M, own, own_cosine, source_norm, with_ids,
-):  # fmt: skip
-    """One row's cosines at columns j, which of them count (NaN does), and |s| |t|."""
-    inside = j < M
-    length = lengths(source_norm, tl.load(target_norms + j, mask=inside, other=1))
-    cosines = tl.where(j == own, own_cosine, tl.div_rn(tl.load(products + j, mask=inside, other=0), length))
+def _cosines(products, target_norms, source_ids, target_ids, i, j, M, inside, own, own_cosine, source_norm, with_ids):
+    """Cosines of rows i and columns j, which of them count (NaN does), and |s| |t|. Everything broadcasts."""
+    length = lengths(source_norm, tl.load(target_norms + j, mask=j < M, other=1))
+    cosines = tl.where(j == own, own_cosine, tl.div_rn(tl.load(products, mask=inside, other=0), length))
     if with_ids != 0:
-        equal = tl.load(source_ids + i) == tl.load(target_ids + j, mask=inside, other=0)
+        equal = tl.load(source_ids + i) == tl.load(target_ids + j, mask=j < M, other=0)
         inside = inside & ((j == own) | (equal == 0) | (cosines != cosines))
     return cosines, inside, length
 
@@ -82,25 +79,30 @@ def _add_power(highest, total, power, FIXED: tl.constexpr):
 @triton.jit(do_not_specialize=["first_row", "rows", "per_part", "with_ids"])
 def _column_sums(
     products, source_norms, target_norms, own_cosines, source_ids, target_ids, log_sums,
-    first_row, rows, M, per_part, sharpness, with_ids, FIXED: tl.constexpr, BLOCK_M: tl.constexpr,
+    first_row, rows, M, per_part, sharpness, with_ids,
+    FIXED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """log2 of the columns' sums of 2^((c[i, j] - c[j, j]) sharpness), over a part of a panel's rows. N = M."""
-    part = tl.program_id(1).to(tl.int64)
-    products += part * per_part * M
-    j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    part = tl.program_id(1)
+    j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     own_of_columns = tl.load(own_cosines + j, mask=j < M, other=0)
-    highest = tl.full([BLOCK_M], 0.0 if FIXED else -1e30, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    for local in range(part * per_part, tl.minimum((part + 1) * per_part, rows)):
-        i = first_row + local
+    highest = tl.full([BLOCK_N, BLOCK_M], 0.0 if FIXED else -1e30, tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    end = tl.minimum((part + 1) * per_part, rows)
+    for start in range(part * per_part, end, BLOCK_N):
+        local = start + tl.arange(0, BLOCK_N)[:, None]
+        i = first_row + tl.minimum(local, rows - 1)  # a row too many is read again, and does not count
         own_cosine, source_norm = tl.load(own_cosines + i), tl.load(source_norms + i)
         cosines, counts, _ = _cosines(
-            products, target_norms, source_ids, target_ids, i, j, M, i, own_cosine, source_norm, with_ids
+            products + local.to(tl.int64) * M + j, target_norms, source_ids, target_ids, i, j, M,
+            (local < end) & (j < M), i, own_cosine, source_norm, with_ids,
         )  # fmt: skip
-        power = tl.where(counts, (cosines - own_of_columns) * sharpness, float("-inf"))
+        power = tl.where(counts & (local < end), (cosines - own_of_columns) * sharpness, float("-inf"))
         highest, total = _add_power(highest, total, power, FIXED)
-        products += M
-    tl.store(log_sums + part * M + j, highest + tl.log2(total), mask=j < M)
+    top = tl.max(highest, 0)
+    total = tl.sum(total * tl.exp2(highest - top[None, :]), 0)
+    columns = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(log_sums + part.to(tl.int64) * M + columns, top + tl.log2(total), mask=columns < M)
 
 
 @triton.jit(do_not_specialize=["first_row", "offset", "with_ids", "symmetric", "for_gradients"])
@@ -120,7 +122,7 @@ def _panel(
     for start in range(0, M, BLOCK_M):
         j = start + tl.arange(0, BLOCK_M)
         cosines, counts, _ = _cosines(
-            products, target_norms, source_ids, target_ids, i, j, M, own, own_cosine, source_norm, with_ids
+            products + j, target_norms, source_ids, target_ids, i, j, M, j < M, own, own_cosine, source_norm, with_ids
         )  # fmt: skip
         power = tl.where(counts, (cosines - own_cosine) * sharpness, float("-inf"))
         highest, total = _add_power(highest, total, power, FIXED)
@@ -136,7 +138,8 @@ def _panel(
         for start in range(0, M, BLOCK_M):
             j = start + tl.arange(0, BLOCK_M)
             cosines, counts, length = _cosines(
-                products, target_norms, source_ids, target_ids, i, j, M, own, own_cosine, source_norm, with_ids
+                products + j, target_norms, source_ids, target_ids, i, j, M, j < M, own, own_cosine, source_norm,
+                with_ids,
             )  # fmt: skip
             power = tl.where(counts, (cosines - own_cosine) * sharpness, float("-inf"))
             share = tl.exp2(power - top) / whole
@@ -180,7 +183,7 @@ def run(p: Problem, panel_rows: int, operand: torch.dtype) -> tuple[torch.Tensor
         log_sums = panel.new_empty(parts, targets)
         _column_sums[(triton.cdiv(targets, 128), parts)](
             panel, *known, p.source_ids, p.target_ids, log_sums, first, len(panel), targets, ROWS_PER_PART, sharpness,
-            int(p.with_ids), FIXED=fixed, BLOCK_M=128,
+            int(p.with_ids), FIXED=fixed, BLOCK_N=8, BLOCK_M=128, maxnreg=128,
         )  # fmt: skip
         return log_sums
 
@@ -197,7 +200,10 @@ def run(p: Problem, panel_rows: int, operand: torch.dtype) -> tuple[torch.Tensor
         return weights
 
     if p.symmetric and len(starts) > 1:
-        column_log_sums.copy_(_add_log_sums(torch.cat([column_sums(products(first), first) for first in starts])))
+        column_log_sums.fill_(-math.inf)
+        for first in starts:
+            of_panel = _add_log_sums(column_sums(products(first), first))
+            column_log_sums.copy_(torch.logaddexp2(column_log_sums, of_panel))
     raw_target = source_norms.new_empty(0)
     for first in starts:
         weights = weights_of(first)
