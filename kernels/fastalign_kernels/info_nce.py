@@ -188,6 +188,8 @@ def _(grad, upstream, dtype):
 
 
 def _differentiate(ctx, upstream, *_):
+    if upstream is None:  # the loss was not used
+        return (None,) * 10
     grads = [
         scaled(grad, upstream, dtype).to(device).reshape(shape) if needed else None
         for grad, (shape, dtype, device), needed in zip(ctx.saved_tensors, ctx.likes, ctx.needs, strict=True)

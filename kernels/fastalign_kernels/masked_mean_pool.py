@@ -364,6 +364,8 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad, *_):
+    if grad is None:  # the means were not used
+        return (None,) * 6
     return backward(grad, *ctx.saved_tensors, *ctx.hidden, None, ctx.backend), *[None] * 5
 
 
