@@ -145,10 +145,12 @@ def test_opcheck(backend):
     check(OPERATORS.info_nce.default, hidden[:2, 0], hidden[:4, 1], tau, False, 1, None, None, True, needs, backend)
     half = hidden.bfloat16()  # two dtypes: each gradient has its own
     check(OPERATORS.info_nce.default, half[:4, 0], hidden[4:, 0], tau, False, 0, None, None, False, needs, backend)
-    check(
-        OPERATORS.pooled_info_nce.default,
-        *(hidden, mask, None, tau, True, True, True, ids, ids, False, needs, backend),
-    )
+    for regime in ("fused", "dense"):  # they leave different things for the backward
+        with loss_module.forced_regime(regime):
+            check(
+                OPERATORS.pooled_info_nce.default,
+                *(hidden, mask, None, tau, True, True, True, ids, ids, False, needs, backend),
+            )
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

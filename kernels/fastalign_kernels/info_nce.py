@@ -154,13 +154,14 @@ def _forward(
         source_ids=source_ids,
         target_ids=target_ids,
         fast=fast,
-        needs=(needs[0], needs[1], needs[2]),
+        needs=needs,
     )
 
 
 @_forward.register_fake
 def _(source, target, temperature, symmetric, target_offset, source_ids, target_ids, fast, needs, backend):
-    scalar = source.new_empty((), dtype=torch.promote_types(source.dtype, torch.float32))
+    dtype = torch.promote_types(torch.promote_types(source.dtype, target.dtype), torch.float32)
+    scalar = source.new_empty((), dtype=dtype)
     grads = [
         x.new_empty(x.shape if needed else 0, dtype=reference.gradient_dtype(x.dtype))
         for x, needed in ((source, needs[0]), (target, needs[1]))

@@ -282,22 +282,23 @@ def spread(
     shape: Sequence[int],
     dtype: torch.dtype,
     scale: torch.Tensor | None = None,
-    along: tuple[torch.Tensor, torch.Tensor] | None = None,
+    alongs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The backward on Triton; same contract as the twin's.
 
-    `along`: the means and, (blocks, 2, N), parts of <grad, mean> and <mean, mean>, to project the gradient on the way.
+    `alongs`: parts of <grad, pooled> and <pooled, pooled>, (blocks, 2, N), to project the gradient on the way. None or
+    without elements: it is projected already.
     """
-    means, alongs = (grad, grad) if along is None else along
+    blocks = 0 if alongs is None or alongs.numel() == 0 else len(alongs)
     grad = reference.through_norm(grad, pooled, norms)
     out = torch.empty(shape, dtype=dtype, device=grad.device)
     plan = _plan(out, mask, cu_seqlens)
     with on_device(out):
         _spread[plan.grid](
-            grad, means, alongs, counts, firsts, plan.mask, plan.cu_seqlens,
+            grad, *((pooled, alongs) if blocks else (grad, grad)), counts, firsts, plan.mask, plan.cu_seqlens,
             grad if scale is None else scale, out,
             plan.rows, plan.tokens, plan.width, shape[0], *grad.stride(), *_strides(plan.mask), plan.splits,
-            0 if along is None else len(alongs), int(scale is not None), **plan.constants, maxnreg=REGISTERS,
+            blocks, int(scale is not None), **plan.constants, maxnreg=REGISTERS,
         )  # fmt: skip
     return out
 
@@ -342,15 +343,21 @@ def backward(
     shape: Sequence[int],
     dtype: torch.dtype,
     scale: torch.Tensor | None,
+    alongs: torch.Tensor | None,
     backend: str,
 ) -> torch.Tensor:
-    """Gradient of the states from that of the pooled rows, times `scale`, which is one number or None."""
-    run = spread if use_triton(backend, torch.empty(0, dtype=dtype, device=grad.device)) else reference.backward
-    return run(grad, pooled, counts, firsts, norms, mask, cu_seqlens, shape, dtype, scale)
+    """Gradient of the states from that of the pooled rows, times `scale`, which is one number or None.
+
+    `alongs`: see `spread`; only Triton leaves a gradient to be projected.
+    """
+    arguments = grad, pooled, counts, firsts, norms, mask, cu_seqlens, shape, dtype, scale
+    if use_triton(backend, torch.empty(0, dtype=dtype, device=grad.device)):
+        return spread(*arguments, alongs)
+    return reference.backward(*arguments)
 
 
 @backward.register_fake
-def _(grad, pooled, counts, firsts, norms, mask, cu_seqlens, shape, dtype, scale, backend):
+def _(grad, pooled, counts, firsts, norms, mask, cu_seqlens, shape, dtype, scale, alongs, backend):
     return grad.new_empty(shape, dtype=dtype)
 
 
@@ -366,7 +373,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad, *_):
     if grad is None:  # the means were not used
         return (None,) * 6
-    return backward(grad, *ctx.saved_tensors, *ctx.hidden, None, ctx.backend), *[None] * 5
+    return backward(grad, *ctx.saved_tensors, *ctx.hidden, None, None, ctx.backend), *[None] * 5
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -20,7 +20,7 @@ import torch
 from fastalign_kernels._dispatch import use_triton
 from fastalign_kernels.info_nce import loss_and_gradients as info_nce_and_gradients
 from fastalign_kernels.info_nce import regime, scaled
-from fastalign_kernels.masked_mean_pool import pool, spread
+from fastalign_kernels.masked_mean_pool import backward, pool
 from fastalign_kernels.reference import info_nce as loss_twin
 from fastalign_kernels.reference import masked_mean_pool as pooling_twin
 from fastalign_kernels.reference import pooled_info_nce as reference
@@ -43,20 +43,27 @@ def loss_and_gradients(
 ) -> tuple[torch.Tensor, ...]:
     """The forward on Triton: what the twin gives; pooled rows and `alongs` where the projection is left to `spread`."""
     pooled, counts, firsts, _ = pool(hidden, mask, cu_seqlens, skip_first, normalize=False)
-    rows = len(pooled)
-    both = needs[0] and needs[1]
-    grad = torch.empty_like(pooled) if both else torch.zeros_like(pooled)
-    alongs = fused.empty_alongs(pooled, rows if regime(rows // 2, rows // 2, fast=fast) == "fused" else 0)
-    alongs = alongs if both else alongs.zero_()
+    pairs = len(pooled) // 2
+    make = torch.zeros_like if needs[0] != needs[1] else torch.empty_like  # one half may get nothing
+    grad = make(pooled)
+    alongs = None
+    if regime(pairs, pairs, fast=fast) == "fused":
+        alongs = make(fused.empty_alongs(pooled, 2 * pairs))
     order = -1 if reverse else 1
     anchors, candidates = pooled.chunk(2)[::order]
     anchor_ids, candidate_ids = (source_ids, target_ids)[::order]
     result, *_, slope = info_nce_and_gradients(
         anchors, candidates, temperature, symmetric=symmetric, target_offset=0, source_ids=anchor_ids,
         target_ids=candidate_ids, fast=fast, needs=(*needs[:2][::order], needs[2]), grads=grad.chunk(2)[::order],
-        alongs=alongs.chunk(2, dim=2)[::order] if alongs.numel() else None,
+        alongs=None if alongs is None else alongs.chunk(2, dim=2)[::order],
     )  # fmt: skip
-    return result, grad, counts, firsts, slope, pooled if alongs.numel() else pooled.new_empty(0), alongs
+    left = _nothing_left(pooled) if alongs is None else (pooled, alongs)
+    return result, grad, counts, firsts, slope, *left
+
+
+def _nothing_left(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of pooled rows and `alongs`, where the gradient is projected already."""
+    return like.new_empty(0), like.new_empty(0)
 
 
 @torch.library.custom_op("fastalign::pooled_info_nce", mutates_args=())
@@ -93,7 +100,7 @@ def _forward(
         fast=fast,
         needs=needs,
     )
-    return found if triton else (*found, found[0].new_empty(0), found[0].new_empty(0))  # type: ignore[return-value]
+    return found if triton else (*found, *_nothing_left(found[0]))  # type: ignore[return-value]
 
 
 @_forward.register_fake
@@ -103,36 +110,9 @@ def _(
     rows, width = hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, hidden.shape[-1]
     grad = hidden.new_empty(rows, width, dtype=torch.promote_types(hidden.dtype, torch.float32))
     counts, firsts = (hidden.new_empty(rows, dtype=torch.int32) for _ in range(2))
-    left = use_triton(backend, hidden) and regime(rows // 2, rows // 2, fast=fast) == "fused"
-    pooled = torch.empty_like(grad) if left else grad.new_empty(0)
-    alongs = fused.empty_alongs(grad, rows if left else 0) if left else grad.new_empty(0)
-    return grad.new_empty(()), grad, counts, firsts, grad.new_empty(() if needs[2] else 0), pooled, alongs
-
-
-@torch.library.custom_op("fastalign::pooled_info_nce_backward", mutates_args=())
-def _backward(
-    grad: torch.Tensor,
-    pooled: torch.Tensor,
-    alongs: torch.Tensor,
-    counts: torch.Tensor,
-    firsts: torch.Tensor,
-    mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    upstream: torch.Tensor,
-    backend: str,
-) -> torch.Tensor:
-    unused = grad.new_empty(0)  # of a normalised mean
-    if not use_triton(backend, torch.empty(0, dtype=dtype, device=grad.device)):
-        return pooling_twin.backward(grad, unused, counts, firsts, unused, mask, cu_seqlens, shape, dtype, upstream)
-    along = (pooled, alongs) if alongs.numel() else None
-    return spread(grad, unused, counts, firsts, unused, mask, cu_seqlens, shape, dtype, upstream, along)
-
-
-@_backward.register_fake
-def _(grad, pooled, alongs, counts, firsts, mask, cu_seqlens, shape, dtype, upstream, backend):
-    return grad.new_empty(shape, dtype=dtype)
+    fused_here = use_triton(backend, hidden) and regime(rows // 2, rows // 2, fast=fast) == "fused"
+    left = (torch.empty_like(grad), fused.empty_alongs(grad, rows)) if fused_here else _nothing_left(grad)
+    return grad.new_empty(()), grad, counts, firsts, grad.new_empty(() if needs[2] else 0), *left
 
 
 def _save(ctx, inputs, output):
@@ -150,8 +130,9 @@ def _differentiate(ctx, upstream, *_):
     grad, counts, firsts, slope, pooled, alongs, mask, cu_seqlens = ctx.saved_tensors
     grad_hidden = grad_temperature = None
     if ctx.needs[0] or ctx.needs[1]:
-        grad_hidden = _backward(
-            grad, pooled, alongs, counts, firsts, mask, cu_seqlens, *ctx.hidden, upstream, ctx.backend
+        unused = grad.new_empty(0)  # norms of normalised means
+        grad_hidden = backward(
+            grad, pooled, counts, firsts, unused, mask, cu_seqlens, *ctx.hidden, upstream, alongs, ctx.backend
         )
     if ctx.needs[2]:
         shape, dtype, device = ctx.temperature
