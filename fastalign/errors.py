@@ -2,7 +2,7 @@
 
 Each class also derives from the built-in that a caller of the Python API would expect, so
 ``except ValueError`` keeps working. The command line turns every one of them into a single line on
-stderr and exit code 2; anything else is a bug or a failure of the machine.
+stderr and exit code 2, a RunError into one and exit code 1; anything else is a bug.
 """
 
 from __future__ import annotations
@@ -25,3 +25,7 @@ class DataError(FastalignError, ValueError):
 
 class ModelError(FastalignError, RuntimeError):
     """A model cannot be reached, is not a decoder, or does not work the way we rely on."""
+
+
+class RunError(FastalignError, RuntimeError):
+    """A run that began well cannot go on: memory or disk is full, or its numbers are no longer finite."""

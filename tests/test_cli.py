@@ -111,10 +111,6 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "temperature 0": (["alignment.temperature=0"], ["alignment.temperature", "above 0"]),
     "temperature that is no number": (["alignment.temperature=.nan"], ["alignment.temperature"]),
     "a batch of one pair": (["alignment.batch_size=1"], ["alignment.batch_size", "at least 2"]),
-    "micro-batches of one pair": (
-        ["alignment.batch_size=3", "alignment.micro_batch_size=2"],
-        ["without negatives", "alignment.batch_size"],
-    ),
     "no model": (["model.name_or_path=''"], ["model.name_or_path"]),
     "a model that cannot be reached": (["model.name_or_path=no-such/model"], ["model.name_or_path", "no-such/model"]),
     "a reporter that is not installed": (["training.report_to=wandb"], ["training", "wandb"]),

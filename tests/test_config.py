@@ -177,7 +177,7 @@ def test_override_of_a_section_that_is_no_section(tmp_path):
         ("alignment.temperature", -1.0),
         ("alignment.temperature", float("nan")),
         ("alignment.batch_size", 1),
-        ("alignment.micro_batch_size", 1),
+        ("alignment.micro_batch_size", 0),
         ("alignment.micro_batch_size", 129),
         ("alignment.weight", -1),
         ("alignment.eval_pairs", 1),

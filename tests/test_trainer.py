@@ -69,16 +69,6 @@ def test_task_gradient_is_the_mean_over_answer_tokens_however_it_is_cut(
     assert parts.logs[0]["task_loss"] == pytest.approx(whole.logs[0]["task_loss"], rel=1e-5)
 
 
-def test_alignment_gradient_is_the_mean_over_pairs_of_all_micro_batches(raw_config: dict) -> None:
-    """Two micro-batches of 4 give the mean of the gradients that either gives alone."""
-    mode: dict[str, Any] = {"schedule": {"mode": "align_only"}}
-    _, both = run(raw_config, alignment={"batch_size": 8, "micro_batch_size": 4}, training={"max_steps": 1}, **mode)
-    _, first = run(raw_config, alignment={"batch_size": 4}, training={"max_steps": 2, "learning_rate": 1e-12}, **mode)
-    one, two = first.gradients
-    mean = {name: (one[name] + two[name]) / 2 for name in one}  # type: ignore[operator]
-    assert_same(both.gradients[0], mean, 1e-4)
-
-
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
 def test_joint_is_the_sum_of_both_streams(raw_config: dict, accumulation: int) -> None:
     training = {"max_steps": 1, "gradient_accumulation_steps": accumulation}

@@ -117,8 +117,8 @@ def _validate_alignment(alignment: AlignmentConfig) -> None:
     _need(0 < heat < float("inf"), "alignment.temperature", "above 0 (0.1 is usual)", heat)
     rule = "at least 2, because the other pairs of the batch are the negatives"
     _need(size >= 2, "alignment.batch_size", rule, size)
-    rule = "from 2 to alignment.batch_size, or null"
-    _need(micro is None or 2 <= micro <= size, "alignment.micro_batch_size", rule, micro)
+    rule = "from 1 to alignment.batch_size, or null"
+    _need(micro is None or 1 <= micro <= size, "alignment.micro_batch_size", rule, micro)
     _need(0 <= alignment.weight < float("inf"), "alignment.weight", "0 or more", alignment.weight)
     _need(alignment.eval_pairs >= 2, "alignment.eval_pairs", "at least 2", alignment.eval_pairs)
 

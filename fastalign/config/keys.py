@@ -152,8 +152,8 @@ class AlignmentConfig:
     )
     batch_size: int = _help("Pairs per optimizer step and rank.", 128)
     micro_batch_size: int | None = _help(
-        "Pairs per forward; batch_size / gradient_accumulation_steps if not given. Negatives come from the same "
-        "micro-batch.",
+        "Pairs per forward; batch_size / gradient_accumulation_steps if not given. Changes memory and time, not the "
+        "gradient: all pairs of the step are each other's negatives. Below batch_size costs one more forward.",
         None,
     )
     negatives: Literal["rank", "world"] = _help("Negatives from this rank, or from all ranks.", "rank")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,14 +12,18 @@ from fastalign.config import AlignmentConfig
 from fastalign.data.parallel import Pair
 from fastalign.data.sampling import Sampler
 from fastalign.data.tokenization import SentenceTokenizer
-from fastalign.errors import ConfigError
 from fastalign.model.early_exit import hidden_at
-from fastalign.objectives.info_nce import alignment_loss
+from fastalign.model.encode import pooled_at
+from fastalign.objectives.info_nce import alignment_loss, alignment_loss_of_vectors
 from fastalign.streams.base import MicroBatch, Stream, my_share, sum_over_ranks
+from fastalign.streams.gradient_cache import GradientCache
 
 
 class AlignmentStream(Stream):
     """Both sides of all pairs of a micro-batch go through one forward that stops at the highest layer.
+
+    All pairs of an optimizer step are each other's negatives: where they take several micro-batches, through cached
+    gradients.
 
     Args:
         train, held_out: pairs.
@@ -48,18 +53,23 @@ class AlignmentStream(Stream):
         self.layer_weights = [weight / sum(weights) for weight in weights]
         self.weight = config.weight
         self.rows_per_step = config.batch_size
-        self.micro_batch_size = config.micro_batch_size or max(2, -(-config.batch_size // accumulation))
-        if self.rows_per_step // -(-self.rows_per_step // self.micro_batch_size) < 2:
-            raise ConfigError(
-                f"alignment: {self.rows_per_step} pairs in micro-batches of {self.micro_batch_size} leave one pair "
-                "without negatives; raise alignment.batch_size or set alignment.micro_batch_size"
-            )
+        self.micro_batch_size = config.micro_batch_size or -(-config.batch_size // accumulation)
+        self._cache = GradientCache(self._vectors, self._objective)
 
     def collate(self, rows: Sequence[int]) -> MicroBatch:
         return self._collate([self.train[i] for i in rows])
 
+    def begin_step(self, model: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
+        """Where one forward does not hold all pairs: what every pair's vectors owe to all the others."""
+        if len(micro_batches) > 1:
+            self._cache.fill(model, micro_batches)
+
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-        return self._objective(model, micro_batch) * (micro_batch.items / self.rows_per_step)
+        if micro_batch in self._cache:
+            return self._cache.loss(model, micro_batch)
+        inputs, settings = micro_batch.inputs, self._settings([micro_batch])
+        states = hidden_at(model, self.layers, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        return self._over_layers(alignment_loss(layer, inputs["pool_mask"], **settings) for layer in states)
 
     @property
     def can_evaluate(self) -> bool:
@@ -70,35 +80,46 @@ class AlignmentStream(Stream):
         """``eval_alignment_loss``: the objective on the held-out pairs, always in the same batches."""
         if not self.can_evaluate:
             return {}
-        size = self.micro_batch_size
+        size = self.rows_per_step
         batches = [self.held_out[i : i + size] for i in range(0, len(self.held_out), size)]
         if len(batches) > 1 and len(batches[-1]) < size:
             batches.pop()  # fewer negatives would make it easier
         total = pairs = 0.0
         for i, counts in my_share(len(batches)):
-            micro_batch = self._collate(batches[i]).to(device)
-            loss = self._objective(model, micro_batch).item()
+            rows = range(0, len(batches[i]), self.micro_batch_size)
+            parts = [self._collate(batches[i][j : j + self.micro_batch_size]).to(device) for j in rows]
+            vectors = torch.cat([self._vectors(model, part) for part in parts], dim=-2)
+            loss = self._objective(vectors, parts).item()
             if counts:
-                total, pairs = total + loss * micro_batch.items, pairs + micro_batch.items
+                total, pairs = total + loss * len(batches[i]), pairs + len(batches[i])
         total, pairs = sum_over_ranks([total, pairs], device)
         return {f"eval_{self.name}_loss": total / pairs}
 
-    def _objective(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-        """Mean over the pairs of the micro-batch, weighted over the layers."""
-        config, inputs = self.config, micro_batch.inputs
-        states = hidden_at(model, self.layers, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        losses = [
-            alignment_loss(
-                hidden,
-                inputs["pool_mask"],
-                temperature=config.temperature,
-                direction=config.direction,
-                detach=config.detach,
-                meaning=inputs["meaning"] if config.mask_equal_meaning else None,
-            )
-            for hidden in states
-        ]
+    def _vectors(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+        """Sentence vectors (layers, 2, n, D), fp32: sources, then targets."""
+        pooled = pooled_at(model, self.layers, micro_batch.inputs)
+        return torch.stack(pooled).unflatten(1, (2, micro_batch.items))
+
+    def _objective(self, vectors: torch.Tensor, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+        """The loss of vectors (layers, 2, N, D): mean over the pairs, weighted over the layers."""
+        settings = self._settings(micro_batches)
+        return self._over_layers(
+            alignment_loss_of_vectors(sources, targets, **settings) for sources, targets in vectors
+        )
+
+    def _over_layers(self, losses: Iterable[torch.Tensor]) -> torch.Tensor:
         return torch.stack([weight * loss for weight, loss in zip(self.layer_weights, losses, strict=True)]).sum()
+
+    def _settings(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
+        """Of the objective, for the pairs of these micro-batches."""
+        config = self.config
+        meaning = torch.cat([micro_batch.inputs["meaning"] for micro_batch in micro_batches])
+        return {
+            "temperature": config.temperature,
+            "direction": config.direction,
+            "detach": config.detach,
+            "meaning": meaning if config.mask_equal_meaning else None,
+        }
 
     def _collate(self, pairs: Sequence[Pair]) -> MicroBatch:
         """Sources in the first half of the rows, their targets in the second."""
