@@ -85,7 +85,9 @@ gpu: ## on a GPU: tests marked gpu, then every benchmark and the plots; uses $(P
 	bench 45 info_nce; \
 	bench 50 info_nce --regimes; \
 	bench 70 pooled_info_nce; \
-	echo; echo "== bench_alignment_step"; $(PYTHON) benchmarks/bench_alignment_step.py || status=$$?; \
+	for name in alignment_step cached_negatives; do \
+	  echo; echo "== bench_$$name"; $(PYTHON) benchmarks/bench_$$name.py || status=$$?; \
+	done; \
 	$(PYTHON) benchmarks/plots.py || status=$$?; \
 	exit $$status
 

@@ -18,14 +18,15 @@ Row = Mapping[str, str]
 # A provider has the same colour in every plot.
 COLOURS = {"ours": "#c1272d", "twin": "#e9967a", "eager": "#4c72b0", "compile": "#8c8c8c", "inf-cl": "#55a868"}
 COLOURS |= {"sentence-transformers": "#8172b2", "fused": "#c1272d", "dense": "#dd8452", "panels": "#937860"}
+COLOURS |= {"cached": "#c1272d", "checkpointed": "#4c72b0"}
 COLOURS |= {"all_layers": "#4c72b0", "reference": "#8c8c8c", "no_head": "#55a868"}
 PANELS = {"p50_ms": "ms, p50 (p10 to p90)", "roofline": "share of measured roofline", "peak_bytes": "peak MB, extra"}
 
 
 def newest(path: Path) -> list[Row]:
-    """The last row of every case, provider and mode that has a time."""
+    """The last row of every case, provider and mode that has a time, or the memory of a step."""
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("p50_ms") or row.get("median_ms")]
+        rows = [row for row in csv.DictReader(file) if any(map(row.get, ("p50_ms", "median_ms", "total_bytes")))]
     return [*{(row.get("case"), row["provider"], row.get("mode")): row for row in rows}.values()]
 
 
@@ -82,14 +83,15 @@ def of_regimes(figure: Any, rows: Sequence[Row]) -> None:
 
 
 def of_step(figure: Any, rows: Sequence[Row]) -> None:
-    """Time and memory of a whole training step."""
+    """Time, where it was measured, and memory of a whole training step."""
     figure.set_size_inches(10, 3)
     for axis, (column, scale, title) in zip(
         figure.subplots(1, 2), (("median_ms", 1.0, "ms, median"), ("peak_bytes", 1e6, "peak MB, extra")), strict=True
     ):
-        values = [float(row[column]) / scale for row in rows]
-        names = [row["provider"] for row in rows]
-        axis.barh(names, values, color=[COLOURS.get(name, "#8c8c8c") for name in names])
+        found = [row for row in rows if row[column]]
+        names = [" ".join(filter(None, (row["provider"], row.get("case")))) for row in found]
+        colours = [COLOURS.get(row["provider"], "#8c8c8c") for row in found]
+        axis.barh(names, [float(row[column]) / scale for row in found], color=colours)
         axis.invert_yaxis()
         axis.set_xlabel(title)
 
