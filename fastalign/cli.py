@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from fastalign.config import SECTIONS, TRAINING_DEFAULTS, describe, load_config
-from fastalign.errors import FastalignError
+from fastalign.errors import FastalignError, RunError
 
 Summary = dict[str, Any]
 
@@ -36,14 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _quiet_stdout(arguments.json), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             result = arguments.run(arguments)
+    except RunError as error:
+        return _fail(str(error), 1, first_rank or not error.on_all_ranks)
     except FastalignError as error:
         return _fail(str(error), 2, first_rank)
     except KeyboardInterrupt:
         return _fail("interrupted", 1, first_rank)
-    except RuntimeError as error:
-        if not any(sign in str(error).lower() for sign in ("out of memory", "can't allocate memory")):
+    except (MemoryError, RuntimeError) as error:
+        from fastalign.training.memory import first_line, is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
-        return _fail(f"out of memory: {str(error).splitlines()[0]}", 1, True)
+        return _fail(f"out of memory: {first_line(error)}", 1, True)
     if first_rank:
         print(json.dumps(result, indent=2) if arguments.json else arguments.table(result))
     return 1 if result.get("interrupted") or result.get("problems") else 0
@@ -215,10 +219,10 @@ def _doctor(_: argparse.Namespace) -> Summary:
 def _doctor_table(found: Summary) -> str:
     kernels = found["kernels"]
     name = {"triton": "Triton kernels", "torch": "PyTorch twins"}[kernels["backend"]]
-    lines = [f"{package:<10}{version or 'not installed'}" for package, version in found["versions"].items()]
+    lines = [f"{package:<14}{version or 'not installed'}" for package, version in found["versions"].items()]
     lines += [
-        f"{'device':<10}{found['device']}",
-        f"{'kernels':<10}{name} for pooling and the contrastive loss; {kernels['why']}",
-        f"{'trial':<10}{kernels['problem'] or 'loss and gradient of a small batch agree with fp64'}",
+        f"{'device':<14}{found['device']}",
+        f"{'kernels':<14}{name} for pooling and the contrastive loss; {kernels['why']}",
+        f"{'trial':<14}{kernels['problem'] or 'loss and gradient of a small batch agree with fp64'}",
     ]
     return "\n".join(lines)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from typing import Any
 
 import torch
 
-from fastalign_kernels import pooled_info_nce, why_not_triton
+from fastalign.training.record import device_name, kernels, versions
+from fastalign_kernels import pooled_info_nce
 
 
 def doctor() -> dict[str, Any]:
@@ -19,26 +18,11 @@ def doctor() -> dict[str, Any]:
         `backend` (`triton` or `torch`), `why`, and `problem`: None, or how the trial failed.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    obstacle = why_not_triton(device)
-    if device.type == "cpu":
-        backend, why = "torch", "no CUDA device: the PyTorch twins are the CPU path"
-    elif obstacle:
-        backend, why = "torch", obstacle
-    else:
-        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        backend, why = "triton", f"CUDA device of compute capability {capability}"
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("torch", "triton")}},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
-        "kernels": {"backend": backend, "why": why, "problem": _trial(device)},
+        "versions": versions(),
+        "device": device_name(device),
+        "kernels": {**kernels(device), "problem": _trial(device)},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _trial(device: torch.device) -> str | None:

@@ -28,4 +28,11 @@ class ModelError(FastalignError, RuntimeError):
 
 
 class RunError(FastalignError, RuntimeError):
-    """A run that began well cannot go on: memory or disk is full, or its numbers are no longer finite."""
+    """A run that began well cannot go on: memory or disk is full, or its numbers are no longer finite.
+
+    `on_all_ranks`: every rank raises it, so that one of them is enough to say it.
+    """
+
+    def __init__(self, message: str, *, on_all_ranks: bool = False):
+        super().__init__(message)
+        self.on_all_ranks = on_all_ranks

@@ -224,8 +224,8 @@ def test_resuming_a_run_that_has_no_checkpoint_yet_starts_over_and_says_so(
 
 
 def test_overrides_may_stand_behind_options(config_file: Path, tmp_path: Path) -> None:
-    assert main(["train", str(config_file), "training.max_steps=5", "--overwrite", "training.max_steps=1"]) == 0
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 1
+    assert main(["train", str(config_file), "training.max_steps=5", "--overwrite", "training.max_steps=2"]) == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 2
 
 
 def test_another_runs_checkpoint_is_no_leave_to_overwrite(
@@ -247,20 +247,6 @@ def test_overwrite_replaces_results_and_nothing_else(config_file: Path, tmp_path
     (out / "my-notes.txt").write_text("keep me")
     assert main(["train", str(config_file), "--overwrite"]) == 0
     assert not (out / "checkpoint-2").exists() and (out / "my-notes.txt").read_text() == "keep me"
-
-
-def test_out_of_memory_is_one_line_and_exit_1(config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    import torch
-
-    from fastalign.streams.task import TaskStream
-
-    def burst(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
-
-    monkeypatch.setattr(TaskStream, "loss", burst)
-    assert main(["train", str(config_file)]) == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastalign:")]
-    assert len(lines) == 1 and "out of memory" in lines[0]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT as on POSIX")

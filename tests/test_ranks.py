@@ -118,6 +118,18 @@ def test_a_mistake_is_said_once_and_ends_all_ranks(raw_config: dict, tmp_path: P
 
 
 @pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_rows_of_all(raw_config: dict, tmp_path: Path) -> None:
+    raw = copy.deepcopy(raw_config)
+    raw["training"] |= {"learning_rate": 1e30, "logging_steps": 50}
+    done = launch(TORCHRUN, write(raw, tmp_path / "config.yaml"))
+    assert done.returncode != 0
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("fastalign:")]
+    assert "alignment stream at step 2 is nan" in line and "cli.py" not in done.stderr
+    stopped = json.loads((tmp_path / "out" / "stopped.json").read_text())
+    assert len(stopped["rows"]) == 2 * raw["alignment"]["batch_size"]  # all of each rank
+
+
+@pytest.mark.slow
 def test_an_interrupt_that_reaches_one_rank_stops_all_with_a_checkpoint(raw_config: dict, tmp_path: Path) -> None:
     raw = copy.deepcopy(raw_config)
     raw["training"] |= {"max_steps": 100_000, "logging_steps": 5, "disable_tqdm": True}

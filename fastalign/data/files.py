@@ -11,39 +11,49 @@ import bz2
 import contextlib
 import glob
 import gzip
+import hashlib
 import io
 import json
 import lzma
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fastalign.data.tally import Tally
+from fastalign.data.text import quoted, shown
 from fastalign.errors import DataError
 
 COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst", ".lz4")
 SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".tsv": "tsv", ".parquet": "parquet"}
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+LONGEST_LINE = 64 << 20  # bytes; a damaged or hostile file shall not fill the memory with one line
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half a character, as JSON spells it
+NAME = 240  # characters of a path in a message
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file's rows. ``where(i)`` names row i for a message, e.g. ``pairs.jsonl, line 17``."""
+    """One file's rows. ``where(i)`` names row i for a message, e.g. ``pairs.jsonl, line 17``.
+
+    `fingerprint`: of a data set on a hub, which has no file of its own; may be unknown.
+    """
 
     name: str
     rows: list[Row]
     where: Callable[[int], str]
+    fingerprint: str | None = None
 
 
-def read_sources(spec: str | Sequence[str], key: str) -> list[Source]:
+def read_sources(spec: str | Sequence[str], key: str, tally: Tally | None = None) -> list[Source]:
     """Read every file that `spec` (a path, a glob, a hub id, or a list of them) names; `key` is for messages.
 
-    Two aligned text files, one after the other, are one source.
+    Two aligned text files, one after the other, are one source. The files are recorded in `tally`.
 
     Raises:
         DataError: a file is missing, of an unknown kind, damaged, not UTF-8, not parseable (with its line), or empty.
@@ -52,10 +62,14 @@ def read_sources(spec: str | Sequence[str], key: str) -> list[Source]:
     sources: list[Source] = []
     while paths:
         aligned = _aligned_text(paths[:2])
-        sources.append(aligned or _read(paths[0], key))
+        source = aligned or _read(paths[0], key)
+        if not source.rows:
+            raise DataError(f"{key}: {source.name} holds no rows")
+        if tally is not None:
+            for path in paths[: 2 if aligned else 1]:
+                tally.file(key, shown(path, NAME), source.fingerprint or _sha256(path), len(source.rows))
+        sources.append(source)
         paths = paths[2 if aligned else 1 :]
-        if not sources[-1].rows:
-            raise DataError(f"{key}: {sources[-1].name} holds no rows")
     return sources
 
 
@@ -72,22 +86,31 @@ def _plain_path(path: str) -> Path:
 def _paths(name: str, key: str) -> list[str]:
     if not name.strip():
         raise DataError(f"{key}: a file name is empty")
+    if "\0" in name:
+        raise DataError(f"{key}: file {quoted(name, NAME)} does not exist; no file name holds a NUL")
     name = os.path.expanduser(name)
     if not glob.has_magic(name) or os.path.exists(name):
         return [name]
     found = sorted(glob.glob(name, recursive=True))
     if not found:
-        raise DataError(f"{key}: no file matches {name!r}")
+        raise DataError(f"{key}: no file matches {quoted(name, NAME)}")
     return found
 
 
 def _read(path: str, key: str) -> Source:
+    name = quoted(path, NAME)
     if not os.path.exists(path):
+        if os.path.islink(path):
+            raise DataError(f"{key}: {name} is a link to a file that does not exist")
         if plain_suffix(path) in SUFFIXES or path.startswith((".", "/")) or path.count("/") != 1:
-            raise DataError(f"{key}: file {path!r} does not exist")
+            raise DataError(f"{key}: file {name} does not exist")
         return _read_hub(path, key)
     if os.path.isdir(path):
-        raise DataError(f"{key}: {path!r} is a folder; name its files, e.g. {path.rstrip('/')}/*.jsonl")
+        raise DataError(f"{key}: {name} is a folder; name its files, e.g. {shown(path.rstrip('/'), NAME)}/*.jsonl")
+    if not os.path.isfile(path):  # to open a pipe that nobody writes to would wait for ever
+        raise DataError(f"{key}: {name} is not a regular file; write the rows to one")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{key}: {name} cannot be read (Permission denied); see its permissions")
     kind = SUFFIXES.get(plain_suffix(path))
     if kind == "jsonl":
         return _read_jsonl(path)
@@ -96,14 +119,15 @@ def _read(path: str, key: str) -> Source:
     if kind == "parquet":
         return _read_parquet(path)
     raise DataError(
-        f"{key}: cannot tell what {path!r} is; known endings: {', '.join(SUFFIXES)}, all but parquet also with "
+        f"{key}: cannot tell what {name} is; known endings: {', '.join(SUFFIXES)}, all but parquet also with "
         f"{', '.join(COMPRESSIONS)}, or two aligned text files such as corpus.de and corpus.en"
     )
 
 
 def _read_jsonl(path: str) -> Source:
     rows, numbers = [], []
-    for number, line in enumerate(_lines(path), start=1):
+    name, lines = shown(path, NAME), _lines(path)
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -111,20 +135,28 @@ def _read_jsonl(path: str) -> Source:
             if SURROGATE.search(line):
                 json.dumps(row, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: {_why_not_json(line, error)}") from None
+            cut = "; it is the last line: is the file cut off?" if number > 1 and _at_end(lines) else ""
+            raise DataError(f"{name}, line {number}: {_why_not_json(line, error)}{cut}") from None
         if not isinstance(row, dict):
-            what = "an array; write its items on lines of their own" if isinstance(row, list) else type(row).__name__
-            raise DataError(f"{path}, line {number}: must be an object such as {{...}}, not {what}")
+            what = "an array; write its items on lines of their own" if isinstance(row, list) else quoted(row)
+            raise DataError(f"{name}, line {number}: must be an object such as {{...}}, not {what}")
         rows.append(row)
         numbers.append(number)
-    return Source(path, rows, lambda i: f"{path}, line {numbers[i]}")
+    return Source(name, rows, lambda i: f"{name}, line {numbers[i]}")
+
+
+def _at_end(lines: Iterator[str]) -> bool:
+    try:
+        return not any(line.strip() for line in lines)
+    except DataError:  # there is more, and that cannot be read either
+        return False
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in row if names.count(name) > 1)!r} appears twice")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"the key {quoted(next(name for name in row if counts[name] > 1))} appears twice")
     return row
 
 
@@ -140,20 +172,20 @@ def _why_not_json(line: str, error: Exception) -> str:
 
 def _read_tsv(path: str) -> Source:
     """Tab-separated with a header line; no quoting, as is usual for parallel text."""
-    lines = _lines(path)
-    header = [name.strip() for name in next(lines, "").split("\t")]
+    name, lines = shown(path, NAME), _lines(path)
+    header = [column.strip() for column in next(lines, "").split("\t")]
     if len(header) < 2 or len(set(header)) < len(header) or not all(header):
-        raise DataError(f"{path}, line 1: a TSV needs a header of two or more different names, e.g. de<TAB>en")
+        raise DataError(f"{name}, line 1: a TSV needs a header of two or more different names, e.g. de<TAB>en")
     rows, numbers = [], []
     for number, line in enumerate(lines, start=2):
         if not line.strip():
             continue
         cells = line.split("\t")
         if len(cells) != len(header):
-            raise DataError(f"{path}, line {number}: {len(cells)} columns where the header has {len(header)}")
+            raise DataError(f"{name}, line {number}: {len(cells)} columns where the header has {len(header)}")
         rows.append(dict(zip(header, cells, strict=True)))
         numbers.append(number)
-    return Source(path, rows, lambda i: f"{path}, line {numbers[i]}")
+    return Source(name, rows, lambda i: f"{name}, line {numbers[i]}")
 
 
 def _aligned_text(paths: list[str]) -> Source | None:
@@ -166,25 +198,28 @@ def _aligned_text(paths: list[str]) -> Source | None:
         return None
     if any(path.suffix.lower() in SUFFIXES for path in plain):
         return None
+    names = [shown(path, NAME) for path in paths]
     sides = [list(_lines(path)) for path in paths]
     if len(sides[0]) != len(sides[1]):
-        raise DataError(f"{paths[0]} has {len(sides[0])} lines and {paths[1]} {len(sides[1])}: they must be aligned")
+        raise DataError(f"{names[0]} has {len(sides[0])} lines and {names[1]} {len(sides[1])}: they must be aligned")
     rows = [dict(zip(languages, sentences, strict=True)) for sentences in zip(*sides, strict=True)]
-    return Source(" + ".join(paths), rows, lambda i: f"{paths[0]}, line {i + 1}")
+    return Source(" + ".join(names), rows, lambda i: f"{names[0]}, line {i + 1}")
 
 
 def _read_parquet(path: str) -> Source:
     import datasets
 
+    name = shown(path, NAME)
     rows: list[Row] = []
     try:
         with _quiet():
             stream: Any = datasets.load_dataset("parquet", data_files=glob.escape(path), split="train", streaming=True)
             for table in stream.with_format("arrow").iter(batch_size=10_000):
                 rows += table.to_pylist()
-    except (ValueError, OSError, StopIteration) as error:  # pyarrow's errors are ValueErrors
-        raise DataError(f"{path} cannot be read as parquet: {str(error)[:200]}") from None
-    return Source(path, rows, lambda i: f"{path}, row {i + 1}")
+    except Exception as error:  # of pyarrow, datasets and fsspec, whose errors share no base class
+        why = shown(str(error) or type(error).__name__, 160)
+        raise DataError(f"{name} cannot be read as parquet, perhaps damaged or cut off ({why})") from None
+    return Source(name, rows, lambda i: f"{name}, row {i + 1}")
 
 
 def _read_hub(name: str, key: str) -> Source:
@@ -195,26 +230,30 @@ def _read_hub(name: str, key: str) -> Source:
             rows = datasets.load_dataset(name, split="train")
     except Exception as error:  # the hub's own errors share no base class
         raise DataError(
-            f"{key}: {name!r} is not a file here, and the hub gave no data set of that name with a train split "
-            f"({type(error).__name__}); check the path, or the connection"
+            f"{key}: {quoted(name, NAME)} is not a file here, and the hub gave no data set of that name with a train "
+            f"split ({type(error).__name__}); check the path, or the connection"
         ) from None
-    return Source(name, rows.to_list(), lambda i: f"{name}, row {i + 1}")
+    fingerprint = getattr(rows, "_fingerprint", None)
+    fingerprint = None if fingerprint is None else f"fingerprint {fingerprint}"
+    return Source(shown(name, NAME), rows.to_list(), lambda i: f"{shown(name, NAME)}, row {i + 1}", fingerprint)
 
 
 def _lines(path: str) -> Iterator[str]:
     """The lines of a file of UTF-8, perhaps compressed. Only a newline ends one, not U+2028 and the like."""
-    number = 0
+    number, name = 0, shown(path, NAME)
     try:
         with _open(path) as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
+                if len(line) == LONGEST_LINE:
+                    raise DataError(f"{name}, line {number}: longer than {LONGEST_LINE >> 20} MB; it must be one row")
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 yield text.removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         hint = next((hint for magic, hint in MAGIC.items() if number == 1 and error.object.startswith(magic)), "")
-        raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}){hint}") from None
+        raise DataError(f"{name}, line {number}: not UTF-8 ({error.reason}){hint}") from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{path}, line {number + 1}: cannot be read, perhaps damaged or cut off ({reason})") from None
+        reason = shown(getattr(error, "strerror", None) or str(error), 160)
+        raise DataError(f"{name}, line {number + 1}: cannot be read, perhaps damaged or cut off ({reason})") from None
 
 
 MAGIC = {
@@ -252,3 +291,14 @@ def _quiet() -> Iterator[None]:
         set_verbosity(verbosity)
         if shown:
             datasets.enable_progress_bars()
+
+
+def _sha256(path: str) -> str | None:
+    """Of the bytes of the file as it is stored; None where there is no file."""
+    if not os.path.isfile(path):
+        return None
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastalign.data.files import Row, Source, read_sources
+from fastalign.data.tally import Tally, listed_places
+from fastalign.data.text import has_text, is_language, listed, quoted
 from fastalign.errors import DataError
 
+EMPTY = "pairs skipped: a side is empty"
 UNKNOWN = "und"  # ISO 639: undetermined
 LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]{1,8})*")
 KNOWN_KINDS = (
@@ -20,13 +23,18 @@ KNOWN_KINDS = (
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A sentence and its translation. Pairs with equal `meaning` are not each other's negatives."""
+    """A sentence and its translation. Pairs with equal `meaning` are not each other's negatives.
+
+    Attributes:
+        where: the row's file and line, for messages.
+    """
 
     source: str
     target: str
     source_lang: str
     target_lang: str
     meaning: int
+    where: str = ""
 
     @property
     def direction(self) -> str:
@@ -41,52 +49,131 @@ def is_english(language: str) -> bool:
     return re.split("[-_]", language.lower())[0] in ("en", "eng")
 
 
-def read_pairs(spec: str | Sequence[str], pairs: str | list[list[str]], key: str) -> list[Pair]:
+def read_pairs(
+    spec: str | Sequence[str], pairs: str | list[list[str]], key: str, tally: Tally | None = None
+) -> list[Pair]:
     """All pairs of the wanted languages in the files, in file order.
+
+    A pair with an empty side is left out. What is left out, and the languages without any pair, go to `tally`.
 
     Args:
         spec: path(s) or a hub id.
         pairs: ``to_english``; ``[[source, target], ...]``; or ``as_written``, which keeps the direction of rows that
             have one, {source, target} and {text_parallel_0, text_parallel_1}, and is ``to_english`` for the others.
         key: name of the setting, for messages.
+        tally: of what is read and left out.
 
     Raises:
-        DataError: unreadable files, rows of an unknown kind, a language or a pair that is not there, no usable pair.
+        DataError: unreadable files, rows of an unknown kind, a language or a pair that is not there, no usable pair,
+            an empty side in most pairs.
     """
-    sentences: list[tuple[str, str, str, str]] = []  # source, target, source_lang, target_lang
-    rows: list[int] = []  # which row a pair comes from
-    seen: set[str] = set()
-    row_number = 0
-    for source in read_sources(spec, key):
-        for i, row in enumerate(source.rows):
-            texts, directed = _sentences(row, source, i)
-            seen.update(language for language, text in texts if text)
-            for pair in _wanted(texts, directed, pairs):
-                sentences.append(pair)
-                rows.append(row_number)
-            row_number += 1
-    there = ", ".join(sorted(seen)) or "none"
-    if not isinstance(pairs, str):
-        found = {(pair[2], pair[3]) for pair in sentences}
-        for source_lang, target_lang in pairs:
+    reader = _PairReader(pairs, key, Tally() if tally is None else tally)
+    for source in read_sources(spec, key, tally):
+        for i in range(len(source.rows)):
+            reader.read(source, i)
+    reader.check()
+    meanings = meaning_ids(reader.rows, reader.sentences)
+    return [
+        Pair(*sentence, meaning, where)
+        for sentence, meaning, where in zip(reader.sentences, meanings, reader.places, strict=True)
+    ]
+
+
+class _PairReader:
+    """The pairs read so far, which rows they come from, and what became of the other rows."""
+
+    def __init__(self, pairs: str | list[list[str]], key: str, tally: Tally):
+        self.pairs, self.key, self.tally = pairs, key, tally
+        self.sentences: list[tuple[str, str, str, str]] = []  # source, target, source_lang, target_lang
+        self.rows: list[int] = []  # the number of each pair's row
+        self.places: list[str] = []
+        self.named: dict[str, bool] = {}  # every language of a row, and whether it has a sentence that is not empty
+        self.row_number = self.empty = 0
+        self.empty_places: list[str] = []
+        wanted = "English beside another language" if isinstance(pairs, str) else "pair of alignment.pairs"
+        self.unpaired = f"rows skipped: no {wanted}"
+
+    def read(self, source: Source, i: int) -> None:
+        """Take the pairs of row `i`."""
+        texts, directed = _sentences(source.rows[i], source, i)
+        for language, text in texts:
+            self.named[language] = self.named.get(language, False) or bool(text)
+        where = source.where(i)
+        none = True
+        for pair in _wanted(texts, directed, self.pairs):
+            none = False
+            if pair[0] and pair[1]:
+                self.sentences.append(pair)
+                self.rows.append(self.row_number)
+                self.places.append(where)
+            else:
+                self.empty += 1
+                self.empty_places.append(where)
+        if none:
+            self.tally.add(self.key, self.unpaired, where)
+        self.row_number += 1
+
+    def check(self) -> None:
+        """DataError if this is not what was asked for; else what was left out goes to the tally."""
+        self._check_languages()
+        total = len(self.sentences) + self.empty
+        if 2 * self.empty > total:
+            places = listed_places(self.empty_places, self.empty)
+            raise DataError(
+                f"{self.key}: {self.empty:,} of {total:,} pairs have an empty side ({places}); fill them in, remove "
+                "them, or leave out the key of a language that has no translation"
+            )
+        if not self.sentences:
+            raise DataError(f"{self.key}: no pair of sentences{self._hint()} (languages: {self._there()})")
+        for where in self.empty_places:
+            self.tally.add(self.key, EMPTY, where)
+        self.tally.out_of(self.key, EMPTY, total)
+        self.tally.out_of(self.key, self.unpaired, self.row_number)
+        if isinstance(self.pairs, str):
+            self._note_languages_without_a_pair()
+
+    def _check_languages(self) -> None:
+        if isinstance(self.pairs, str):
+            return
+        found = {(pair[2], pair[3]) for pair in self.sentences}
+        for source_lang, target_lang in self.pairs:
             for language in (source_lang, target_lang):
-                if language not in seen:
-                    raise DataError(f"alignment.pairs: language {language!r} is not in {key}; there: {there}")
+                if not self.named.get(language):
+                    why = "has only empty sentences in" if language in self.named else "is not in"
+                    raise DataError(
+                        f"alignment.pairs: language {quoted(language)} {why} {self.key}; there: {self._there()}"
+                    )
             if (source_lang, target_lang) not in found:
-                raise DataError(f"alignment.pairs: no row of {key} has both {source_lang!r} and {target_lang!r}")
-    if not sentences:
-        english = not isinstance(pairs, str) or any(map(is_english, seen)) or not seen
-        hint = "" if english else "; there is no English, so name the languages, e.g. alignment.pairs: [[de, fr]]"
-        raise DataError(f"{key}: no pair of non-empty sentences{hint} (languages: {there})")
-    meanings = meaning_ids(rows, sentences)
-    return [Pair(*sentence, meaning) for sentence, meaning in zip(sentences, meanings, strict=True)]
+                both = f"both {quoted(source_lang)} and {quoted(target_lang)}"
+                raise DataError(f"alignment.pairs: no row of {self.key} has {both}")
+
+    def _there(self) -> str:
+        return listed(sorted(language for language, filled in self.named.items() if filled), 20) or "none"
+
+    def _hint(self) -> str:
+        if any(map(is_english, self.named)):
+            return ""
+        if self.pairs == "as_written":
+            return "; there is no English, and only rows with source and target may do without"
+        return "; there is no English, so name the languages, e.g. alignment.pairs: [[de, fr]]"
+
+    def _note_languages_without_a_pair(self) -> None:
+        paired = {language for pair in self.sentences for language in pair[2:]}
+        reasons: dict[str, list[str]] = {}
+        for language, filled in self.named.items():
+            if language not in paired:
+                beside = "its rows have another English" if is_english(language) else "no row has English beside it"
+                reasons.setdefault(beside if filled else "all its sentences are empty", []).append(language)
+        for why, languages in reasons.items():
+            self.tally.note(self.key, f"no pair for {listed(sorted(languages), 20)}: {why}")
 
 
 def _sentences(row: Row, source: Source, i: int) -> tuple[list[tuple[str, str]], bool]:
     """(language, sentence) of all that is a translation of each other in a row, and whether a pair's order counts.
 
     The kind of a row is decided on its full set of keys: `id` is Indonesian in an N-way row and a name in a pair.
-    A missing sentence is an empty one.
+    A sentence without a character to see is an empty one. Null is too, but in an N-way row it is a key that is not
+    there: parquet has no other way to say so.
     """
     keys = row.keys()
     texts: list[tuple[Any, Any]]
@@ -102,40 +189,40 @@ def _sentences(row: Row, source: Source, i: int) -> tuple[list[tuple[str, str]],
         directed = True
         texts = [(row.get("lang") or UNKNOWN, row["text_parallel_0"]), ("en", row["text_parallel_1"])]
     else:
-        texts = [(language, text) for language, text in row.items() if not language.startswith("_")]
-        if not texts or not all(LANGUAGE.fullmatch(language) for language, _ in texts):
-            raise DataError(f"{source.where(i)}: found keys {', '.join(keys) or 'none'}; known kinds: {KNOWN_KINDS}")
+        names = [language for language in row if not language.startswith("_")]
+        if not names or not all(map(LANGUAGE.fullmatch, names)):
+            raise DataError(f"{source.where(i)}: found keys {listed(keys) or 'none'}; known kinds: {KNOWN_KINDS}")
+        texts = [(language, row[language]) for language in names if row[language] is not None]
     for language, text in texts:
-        if not isinstance(language, str):
-            raise DataError(f"{source.where(i)}: a language must be text such as de, not {language!r:.60}")
+        if not is_language(language):
+            raise DataError(f"{source.where(i)}: a language must be text such as de, not {quoted(language)}")
         if not (text is None or isinstance(text, str)):
             raise DataError(
-                f"{source.where(i)}: the {language!r} sentence must be text, not {text!r:.60} "
+                f"{source.where(i)}: the {quoted(language)} sentence must be text, not {quoted(text)} "
                 "(keys of metadata begin with _)"
             )
-    return [(language, (text or "").strip()) for language, text in texts], directed
+    return [(language, text.strip() if text and has_text(text) else "") for language, text in texts], directed
 
 
 def _wanted(
     texts: list[tuple[str, str]], directed: bool, pairs: str | list[list[str]]
 ) -> Iterable[tuple[str, str, str, str]]:
+    """The pairs that are asked for; a side may be empty."""
     if pairs == "as_written" and directed:
         (source_lang, source), (target_lang, target) = texts
-        if source and target:
-            yield source, target, source_lang, target_lang
-        return
-    texts = [(language, text) for language, text in texts if text]
-    if isinstance(pairs, str):
-        english = next(((language, text) for language, text in texts if is_english(language)), None)
-        if english is not None:
+        yield source, target, source_lang, target_lang
+    elif isinstance(pairs, str):
+        english = [(language, text) for language, text in texts if is_english(language)]
+        if english:
+            english_lang, english_text = next((entry for entry in english if entry[1]), english[0])
             for language, text in texts:
                 if not is_english(language):
-                    yield text, english[1], language, english[0]
-        return
-    by_language = dict(texts)
-    for source, target in pairs:
-        if source in by_language and target in by_language:
-            yield by_language[source], by_language[target], source, target
+                    yield text, english_text, language, english_lang
+    else:
+        by_language = dict(texts)
+        for source, target in pairs:
+            if source in by_language and target in by_language:
+                yield by_language[source], by_language[target], source, target
 
 
 def meaning_ids(rows: Sequence[int], sentences: Sequence[tuple[str, ...]]) -> list[int]:

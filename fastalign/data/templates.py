@@ -20,6 +20,7 @@ translation every kind of sentence pair or N-way row     the target; N-way and {
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,10 +28,13 @@ from dataclasses import dataclass, replace
 from fastalign.config import TaskConfig
 from fastalign.data.files import Row, Source, read_sources
 from fastalign.data.parallel import Pair, is_english, read_pairs
+from fastalign.data.tally import Tally
+from fastalign.data.text import has_text, is_language, listed, quoted
 from fastalign.errors import ConfigError, DataError
 
 Message = dict[str, str]
 FIELD = re.compile(r"\{(\w+)\}")
+OTHER_LANGUAGES = "rows left out: task.languages does not name their language"
 TAG = re.compile(r"O|[BI]-.+")
 NO_SPACES = {  # languages written without spaces between words, also by their codes of three letters
     *(
@@ -103,13 +107,13 @@ class TaskReader:
     """Reads task rows and puts them through the configured template.
 
     The label types that a prompt may list as ``{types}`` are those of the first file read, the training data,
-    so that held-out rows get the same prompt.
+    so that held-out rows get the same prompt. What is read and left out goes to `tally`.
     """
 
-    def __init__(self, config: TaskConfig):
+    def __init__(self, config: TaskConfig, tally: Tally | None = None):
         texts = {name: getattr(config, name) for name in ("system", "prompt", "response")}
         texts = {name: text for name, text in texts.items() if text is not None}
-        self.config = config
+        self.config, self.tally = config, tally
         self.template = replace(TEMPLATES[config.template], **texts)
         self.types: list[str] | None = None
 
@@ -121,10 +125,10 @@ class TaskReader:
             ConfigError: a text of the user's names a field that does not exist.
         """
         if self.config.template == "translation":
-            pairs = read_pairs(spec, "as_written", key)
-            examples = [_translation(self.template, pair, key) for pair in pairs]
+            pairs = read_pairs(spec, "as_written", key, self.tally)
+            examples = [_translation(self.template, pair) for pair in pairs]
         else:
-            sources = read_sources(spec, key)
+            sources = read_sources(spec, key, self.tally)
             tags = {tag for source in sources for tag in _checked_tags(source, self.template)}
             if self.types is None:
                 self.types = sorted({tag[2:] for tag in tags if tag != "O"})
@@ -138,8 +142,18 @@ class TaskReader:
         found = {example.language for example in examples}
         for language in self.config.languages:
             if language not in found:
-                raise DataError(f"task.languages: {language!r} is not in {key}; there: {', '.join(sorted(found))}")
-        return [example for example in examples if example.language in self.config.languages]
+                raise DataError(
+                    f"task.languages: {quoted(language)} is not in {key}; there: {listed(sorted(found), 20)}"
+                )
+        return self._of_languages(self.config.languages, examples, key)
+
+    def _of_languages(self, wanted: Sequence[str], examples: list[TaskExample], key: str) -> list[TaskExample]:
+        if self.tally is not None:
+            self.tally.out_of(key, OTHER_LANGUAGES, len(examples))
+            for example in examples:
+                if example.language not in wanted:
+                    self.tally.add(key, OTHER_LANGUAGES, example.where)
+        return [example for example in examples if example.language in wanted]
 
 
 def bio_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
@@ -185,7 +199,7 @@ def _ner_fields(row: Row, types: Sequence[str]) -> dict[str, str]:
     return {"text": join_tokens(tokens, language), "types": ", ".join(types), "answer": answer}
 
 
-def _translation(template: Template, pair: Pair, where: str) -> TaskExample:
+def _translation(template: Template, pair: Pair) -> TaskExample:
     def name(code: str) -> str:
         return LANGUAGE_NAMES.get(code) or LANGUAGE_NAMES.get(re.split("[-_]", code)[0], code)
 
@@ -196,7 +210,7 @@ def _translation(template: Template, pair: Pair, where: str) -> TaskExample:
         "answer": pair.target,
     }
     other = pair.target_lang if is_english(pair.source_lang) else pair.source_lang
-    return _render(template, fields, other, where)
+    return _render(template, fields, other, pair.where)
 
 
 TEMPLATES: dict[str, Template] = {
@@ -237,29 +251,29 @@ def _checked_row(template: Template, labels: str, row: Row, where: str) -> list[
     missing = template.columns - row.keys()
     if missing:
         raise DataError(
-            f"{where}: no {', '.join(sorted(missing))}; found {', '.join(row)}; this template needs "
+            f"{where}: no {', '.join(sorted(missing))}; found {listed(row) or 'no keys'}; this template needs "
             f"{', '.join(sorted(template.columns))} (see task.template)"
         )
     tokens, tags = row["tokens"], row[labels]
     for name, value in (("tokens", tokens), (labels, tags)):
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise DataError(f"{where}: {name} must be a list of text, not {value!r:.60}")
-    if not any(map(str.strip, tokens)):
+            raise DataError(f"{where}: {name} must be a list of text, not {quoted(value)}")
+    if not any(map(has_text, tokens)):
         raise DataError(f"{where}: there is no text in the tokens")
     if len(tokens) != len(tags):
         raise DataError(f"{where}: {len(tokens)} tokens but {len(tags)} {labels}")
     odd = next((tag for tag in tags if not TAG.fullmatch(tag)), None)
     if odd is not None:
-        raise DataError(f"{where}: {odd!r} is not a BIO tag; these are O, B-<type> and I-<type>")
+        raise DataError(f"{where}: {quoted(odd)} is not a BIO tag; these are O, B-<type> and I-<type>")
     if not isinstance(row.get("intent", ""), (str, type(None))):
-        raise DataError(f"{where}: intent must be text, not {row['intent']!r:.60}")
+        raise DataError(f"{where}: intent must be text, not {quoted(row['intent'])}")
     return tags
 
 
 def _example(template: Template, row: Row, types: Sequence[str], where: str) -> TaskExample:
     language = next((row[name] for name in ("lang", "language") if row.get(name) is not None), "und")
-    if not isinstance(language, str) or not language:
-        raise DataError(f"{where}: the language must be text such as de, not {language!r:.60}")
+    if not is_language(language):
+        raise DataError(f"{where}: the language must be text such as de, not {quoted(language)}")
     if template.fields is not None:
         return _render(template, {**row, **template.fields({**row, "lang": language}, types)}, language, where)
     if template.prompt:
@@ -281,8 +295,8 @@ def _conversation(row: Row, where: str) -> tuple[list[Message], bool]:
         if question in row and answer in row and (row[question], row[answer]) != (None, None):
             for name in (question, answer):
                 if not isinstance(row[name], str):
-                    raise DataError(f"{where}: {name} must be text, not {row[name]!r:.60}")
-            if not row[answer].strip():
+                    raise DataError(f"{where}: {name} must be text, not {quoted(row[name])}")
+            if not has_text(row[answer]):
                 raise DataError(f"{where}: the answer ({answer}) is empty")
             messages = [
                 {"role": "user", "content": row[question]},
@@ -290,19 +304,19 @@ def _conversation(row: Row, where: str) -> tuple[list[Message], bool]:
             ]
             return messages, question == "prefix"
     raise DataError(
-        f"{where}: found {', '.join(row) or 'no keys'}; known kinds: prompt + response, messages, prefix + text; "
+        f"{where}: found {listed(row) or 'no keys'}; known kinds: prompt + response, messages, prefix + text; "
         "for tokens with slots or tags set task.template: slots or ner"
     )
 
 
 def _messages(messages: object, where: str) -> list[Message]:
     if not isinstance(messages, list):
-        raise DataError(f"{where}: messages must be a list, not {messages!r:.60}")
+        raise DataError(f"{where}: messages must be a list, not {quoted(messages)}")
     for message in messages:
         good = isinstance(message, dict) and isinstance(message.get("role"), str)
         if not good or not isinstance(message.get("content"), str):
             raise DataError(f"{where}: every message needs a role and a content, both text")
-        if message["role"] == "assistant" and not message["content"].strip():
+        if message["role"] == "assistant" and not has_text(message["content"]):
             raise DataError(f"{where}: an answer of the assistant is empty")
     if len(messages) < 2 or messages[-1]["role"] != "assistant" or messages[0]["role"] == "assistant":
         raise DataError(f"{where}: messages must begin with a prompt and end with the assistant's answer to learn")
@@ -313,13 +327,14 @@ def _render(template: Template, fields: Row, language: str, where: str) -> TaskE
     def value(match: re.Match[str]) -> str:
         name = match[1]
         if name not in fields:
-            raise ConfigError(f"task template: no field {{{name}}} in {where}; there are: {', '.join(fields)}")
-        if not isinstance(fields[name], (str, int, float)):
-            raise DataError(f"{where}: the field {{{name}}} must be text or a number, not {fields[name]!r:.60}")
+            raise ConfigError(f"task template: no field {{{name}}} in {where}; there are: {listed(fields)}")
+        number = isinstance(fields[name], (int, float)) and math.isfinite(fields[name])
+        if not (number or isinstance(fields[name], str)):
+            raise DataError(f"{where}: the field {{{name}}} must be text or a number, not {quoted(fields[name])}")
         return str(fields[name])
 
     texts = (("system", template.system), ("user", template.prompt), ("assistant", template.response))
     messages = [{"role": role, "content": FIELD.sub(value, text)} for role, text in texts]
-    if not messages[-1]["content"].strip():
+    if not has_text(messages[-1]["content"]):
         raise DataError(f"{where}: the answer is empty")
     return TaskExample(messages if template.system else messages[1:], language, where=where)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
+from fastalign.data.lengths import may_exceed, most_tokens
+from fastalign.data.parallel import Pair
+from fastalign.data.tally import Tally, listed_places
 from fastalign.data.templates import Message, TaskExample
+from fastalign.data.text import listed, shown
 from fastalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100  # label of a token that is not learnt
+SPECIALS = 2  # tokens that a tokenizer puts around a text, at most
 SENTINEL = "TheAnswerOfTheAssistant"  # shows what a chat template writes after an answer
 
 
@@ -54,7 +59,6 @@ class PromptTokenizer:
     max_length: int = 1024
 
     def __post_init__(self) -> None:
-        self.truncated = 0  # rows cut so far
         added = self.tokenizer.added_tokens_decoder
         self._added = {token.content: i for i, token in added.items()}
         self._specials = {*self.tokenizer.all_special_tokens, *(t.content for t in added.values() if t.special)}
@@ -73,20 +77,7 @@ class PromptTokenizer:
         Raises:
             DataError: the chat template does not take these messages.
         """
-        if example.raw:
-            prompt, answer = (message["content"] for message in example.messages)
-            if answer.rstrip().endswith((*self._specials,)):  # it brings its end
-                segments = [_Segment(prompt), _Segment(answer.rstrip(), True)]
-            else:
-                segments = [_Segment(prompt), _Segment(answer, True, self._eos)]
-        elif self._chat:
-            try:
-                segments = self._chat_segments(example.messages)
-            except DataError as error:
-                raise DataError(f"{example.where}: {error}" if example.where else str(error)) from None
-        else:
-            segments = self._plain_segments(example.messages)
-        return self._cut(*self._join(segments, special=example.raw or not self._chat))
+        return self._cut(*self._whole(example))
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids from which to generate the next answer: those of the prompt's text, as in `__call__`.
@@ -101,15 +92,74 @@ class PromptTokenizer:
         keep = 1 if ids[:1] == [self.tokenizer.bos_token_id] else 0
         return ids[:keep] + ids[max(keep, keep + len(ids) - self.max_length) :]
 
-    def check(self, examples: Iterable[TaskExample]) -> None:
-        """Tokenize one example of every sequence of roles, so that a chat template refuses before the training."""
-        seen: set[tuple[object, ...]] = set()
+    def check(
+        self,
+        examples: Sequence[TaskExample],
+        key: str = "task.data",
+        tally: Tally | None = None,
+        context: int | None = None,
+    ) -> None:
+        """Refuse now what the training could not use, and count the rows that it will cut.
+
+        Args:
+            examples: one of every sequence of roles is tokenized, and all that may be too long.
+            key: the setting that names their files.
+            tally: gets the count.
+            context: tokens the model can see at once, if that is known.
+
+        Raises:
+            DataError: the chat template does not take these messages; prompts that fill the context alone.
+        """
+        added: dict[tuple[object, ...], int] = {}  # tokens that come to the texts, by the roles of a conversation
         for example in examples:
-            kind = (example.raw, *(message["role"] for message in example.messages))
-            if kind not in seen:
-                seen.add(kind)
-                self(example)
-        self.truncated = 0
+            if (kind := _kind(example)) not in added:
+                self._whole(example)
+                added[kind] = self._added_tokens(example)
+        rooms = [self.max_length - added[_kind(example)] for example in examples]
+        texts = [[message["content"] for message in example.messages] for example in examples]
+        reason = f"rows cut: longer than {self.max_length:,} tokens"
+        too_long: list[tuple[int, str]] = []
+        for example in (examples[i] for i in may_exceed(self.tokenizer, texts, rooms)):
+            ids, labels = self._whole(example)
+            if tally is not None and len(ids) > self.max_length:
+                tally.add(key, reason, example.where)
+            if context is not None and _last_answer(labels) > context - 1:
+                too_long.append((_last_answer(labels), example.where))
+        if tally is not None:
+            tally.out_of(key, reason, len(examples))
+        if too_long:
+            places = listed_places([where for _, where in too_long], len(too_long))
+            raise DataError(
+                f"{key}: {len(too_long):,} of {len(examples):,} rows have a prompt that leaves no room for an answer "
+                f"in the model's context of {context:,} tokens ({places}); the longest has {max(too_long)[0]:,}; "
+                "shorten or remove these rows"
+            )
+
+    def _whole(self, example: TaskExample) -> tuple[list[int], list[int]]:
+        """As `__call__`, of any length."""
+        return self._join(self._segments(example), special=example.raw or not self._chat)
+
+    def _segments(self, example: TaskExample) -> list[_Segment]:
+        if example.raw:
+            prompt, answer = (message["content"] for message in example.messages)
+            if answer.rstrip().endswith((*self._specials,)):  # it brings its end
+                return [_Segment(prompt), _Segment(answer.rstrip(), True)]
+            return [_Segment(prompt), _Segment(answer, True, self._eos)]
+        if not self._chat:
+            return self._plain_segments(example.messages)
+        try:
+            return self._chat_segments(example.messages)
+        except DataError as error:
+            raise DataError(f"{example.where}: {error}" if example.where else str(error)) from None
+
+    def _added_tokens(self, example: TaskExample) -> int:
+        """Upper bound of the tokens that come to the texts of a conversation like this one."""
+        short = [{**message, "content": "a"} for message in example.messages]
+        try:
+            segments = self._segments(replace(example, messages=short))
+        except DataError:  # a template that takes some texts and not others
+            segments = self._segments(example)
+        return sum(most_tokens(segment.text) + most_tokens(segment.end or "") for segment in segments)
 
     @property
     def _eos(self) -> str | None:
@@ -172,8 +222,9 @@ class PromptTokenizer:
             raise ConfigError(f"task.chat_template: not a jinja template ({error}, line {error.lineno})") from None
         except Exception as error:  # whatever a template raises
             if system is None:
-                roles = ", ".join(message["role"] for message in messages)
-                raise DataError(f"the chat template does not take messages with the roles {roles}: {error}") from None
+                roles = listed(message["role"] for message in messages)
+                why = shown(str(error), 160)
+                raise DataError(f"the chat template does not take messages with the roles {roles}: {why}") from None
         # Many chat templates know no system message: they raise, or leave it out without a word.
         first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
         return self._apply([first, *messages[2:]], generate)
@@ -228,10 +279,7 @@ class PromptTokenizer:
         excess = len(input_ids) - self.max_length
         if excess <= 0:
             return input_ids, labels
-        self.truncated += 1
-        last = len(labels)  # where the last answer begins
-        while last and labels[last - 1] != IGNORE_INDEX:
-            last -= 1
+        last = _last_answer(labels)
         keep = 1 if input_ids[0] == self.tokenizer.bos_token_id else 0
         cut = max(0, min(excess, last - max(keep, 1)))  # something has to come before the first token to be learnt
         first = keep + cut
@@ -240,6 +288,19 @@ class PromptTokenizer:
             first += 1
         input_ids, labels = input_ids[:keep] + input_ids[keep + cut :], labels[:keep] + labels[keep + cut :]
         return input_ids[: self.max_length], labels[: self.max_length]
+
+
+def _kind(example: TaskExample) -> tuple[object, ...]:
+    """What a chat template goes by."""
+    return (example.raw, *(message["role"] for message in example.messages))
+
+
+def _last_answer(labels: Sequence[int]) -> int:
+    """Where the last answer begins: the number of tokens of the prompt."""
+    first = len(labels)
+    while first and labels[first - 1] != IGNORE_INDEX:
+        first -= 1
+    return first
 
 
 def _paragraphs(texts: list[str], before: list[_Segment]) -> str:
@@ -270,11 +331,12 @@ class SentenceTokenizer:
         tokenizer = self.tokenizer
         known = cast("list[int | None]", [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id])
         self._filler = next((token for token in known if token is not None), 0)
-        self._sacrifice = self.skip_first_token == "auto" and not adds_bos(tokenizer)
+        sacrifice = self.skip_first_token == "auto" and not adds_bos(tokenizer)
+        self._first = [self._filler] if sacrifice else []
 
     def __call__(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask, pool_mask: (N, T) int64, padded on the right."""
-        first = [self._filler] if self._sacrifice else []
+        first = self._first
         encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length - len(first))["input_ids"]
         rows = [first + ids or [self._filler] for ids in cast("list[list[int]]", encoded)]
         batch = pad(rows, cast("int | None", self.tokenizer.pad_token_id) or 0)
@@ -285,6 +347,20 @@ class SentenceTokenizer:
             start = 1 if self.skip_first_token and len(ids) > 1 else 0
             pool[i, len(ids) - 1 if self.pooling == "last" else start : len(ids)] = 1
         return {"input_ids": batch, "attention_mask": mask, "pool_mask": pool}
+
+    def check(self, pairs: Iterable[Pair], key: str, tally: Tally) -> None:
+        """Count the different sentences that will be cut at `max_length`; `key` names their files' setting."""
+        places: dict[str, str] = {}
+        for pair in pairs:
+            places.setdefault(pair.source, pair.where)
+            places.setdefault(pair.target, pair.where)
+        texts = [*places]
+        reason = f"different sentences cut: longer than {self.max_length:,} tokens"
+        room = self.max_length - len(self._first)
+        for i in may_exceed(self.tokenizer, [[text] for text in texts], [room - SPECIALS] * len(texts)):
+            if len(cast("list[int]", self.tokenizer(texts[i], verbose=False)["input_ids"])) > room:
+                tally.add(key, reason, places[texts[i]])
+        tally.out_of(key, reason, len(texts))
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:

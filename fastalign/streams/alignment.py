@@ -54,10 +54,22 @@ class AlignmentStream(Stream):
         self.weight = config.weight
         self.rows_per_step = config.batch_size
         self.micro_batch_size = config.micro_batch_size or -(-config.batch_size // accumulation)
+        self.blocks = max(layers)
+        self.memory_keys = (
+            f"lower alignment.micro_batch_size (now {self.micro_batch_size}; the gradient stays the same)",
+            f"lower alignment.max_length (now {config.max_length})",
+        )
         self._cache = GradientCache(self._vectors, self._objective)
 
     def collate(self, rows: Sequence[int]) -> MicroBatch:
         return self._collate([self.train[i] for i in rows])
+
+    @staticmethod
+    def language(row: Pair) -> str:
+        return row.direction
+
+    def where(self, row: int) -> str:
+        return self.train[row].where
 
     def begin_step(self, model: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
         """Where one forward does not hold all pairs: what every pair's vectors owe to all the others."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,15 +27,17 @@ class MicroBatch:
         inputs: tensors, on the CPU until the trainer moves them.
         tokens: that are not padding, for the log.
         items: what the loss is a mean over: answer tokens, or pairs.
+        rows: numbers of the training rows; none in evaluation.
     """
 
     inputs: dict[str, torch.Tensor]
     tokens: int
     items: int
+    rows: Sequence[int] = ()
 
     def to(self, device: torch.device) -> MicroBatch:
         moved = {name: part.to(device, non_blocking=True) for name, part in self.inputs.items()}
-        return MicroBatch(moved, self.tokens, self.items)
+        return replace(self, inputs=moved)
 
 
 class Stream(abc.ABC):
@@ -42,17 +45,24 @@ class Stream(abc.ABC):
 
     Attributes:
         name: of the stream, the prefix of its metrics.
+        train, held_out: its rows.
         sampler: the order of its training rows.
         weight: factor of the loss in training; the logged loss is without it.
+        blocks: of the model that run, from below; None: all, and the head.
+        memory_keys: what to change in the configuration where memory runs out, with the present values.
         rows_per_step: rows of an optimizer step on one rank.
         micro_batch_size: rows of a forward, at most; where it does not divide, all are about equally large.
     """
 
     name: str
+    train: Sequence[Any]
+    held_out: Sequence[Any]
     sampler: Sampler
     rows_per_step: int
     micro_batch_size: int
     weight: float = 1.0
+    blocks: int | None = None
+    memory_keys: Sequence[str] = ()
 
     def steps_per_epoch(self, world_size: int) -> float:
         """Optimizer steps that read as many rows as there are."""
@@ -64,11 +74,21 @@ class Stream(abc.ABC):
         rows = self.sampler.rows(start, start + self.rows_per_step)
         count = -(-len(rows) // self.micro_batch_size)
         edges = [i * len(rows) // count for i in range(count + 1)]
-        return [self.collate(rows[first:end]) for first, end in pairwise(edges)]
+        parts = [rows[first:end] for first, end in pairwise(edges)]
+        return [replace(self.collate(part), rows=part) for part in parts]
 
     @abc.abstractmethod
     def collate(self, rows: Sequence[int]) -> MicroBatch:
         """A micro-batch of the training rows with these numbers."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def language(row: Any) -> str:
+        """Language of one of its rows, or the direction of a pair."""
+
+    @abc.abstractmethod
+    def where(self, row: int) -> str:
+        """File and line of the training row with this number, for messages."""
 
     def begin_step(self, model: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
         """Called once before the losses of an optimizer step, on all ranks, with all of this rank's micro-batches."""
@@ -95,6 +115,16 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     total = torch.tensor(values, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
     torch.distributed.all_reduce(total)
     return total.tolist()
+
+
+def gather_over_ranks(items: list[str]) -> list[str]:
+    """The items of all ranks, in the order of the ranks; on one rank its own."""
+    world_size = rank_and_world_size()[1]
+    if world_size == 1:
+        return items
+    parts: list[list[str]] = [[] for _ in range(world_size)]
+    torch.distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -43,10 +43,22 @@ class TaskStream(Stream):
         self.micro_batch_size = micro_batch_size
         self.rows_per_step = micro_batch_size * accumulation
         self.eval_batch_size = eval_batch_size
+        self.memory_keys = (
+            f"lower training.per_device_train_batch_size (now {micro_batch_size}; multiply "
+            "training.gradient_accumulation_steps to keep the step the same)",
+            f"lower task.max_length (now {tokenizer.max_length})",
+        )
         self._scale = 1.0  # ranks per answer token of the step
 
     def collate(self, rows: Sequence[int]) -> MicroBatch:
         return self._collate([self.train[i] for i in rows])
+
+    @staticmethod
+    def language(row: TaskExample) -> str:
+        return row.language
+
+    def where(self, row: int) -> str:
+        return self.train[row].where
 
     def begin_step(self, model: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
         answer_tokens = sum(micro_batch.items for micro_batch in micro_batches)

@@ -6,8 +6,9 @@ Losses stay on the device until they are logged, and times on a GPU are those of
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,13 +16,18 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from fastalign.streams.base import rank_and_world_size, sum_over_ranks
+from fastalign.streams.base import MicroBatch, rank_and_world_size, sum_over_ranks
+from fastalign.training.failures import NotFinite
 
 COUNTERS = ("tokens", "items", "seconds")
 
 
 class StreamMeter(TrainerCallback, ExportableState):
     """Per-stream history and the sums since the last log.
+
+    Args:
+        device: that is timed.
+        scaled: the loss is scaled (fp16); its gradient may overflow, then a step is skipped and the scale lowered.
 
     Attributes:
         losses: of every optimizer step of a stream, mean over ranks, in order.
@@ -30,7 +36,8 @@ class StreamMeter(TrainerCallback, ExportableState):
         notes: anything else that a resumed run must still know, such as the retrieval before training.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device | None = None, *, scaled: bool = False) -> None:
+        self._scaled = scaled
         self._cuda = device is not None and device.type == "cuda"
         self.losses: dict[str, list[float]] = {}
         self.totals: dict[str, dict[str, float]] = {}
@@ -39,11 +46,11 @@ class StreamMeter(TrainerCallback, ExportableState):
         self._steps: dict[str, list[_Step]] = {}  # not booked yet
 
     @contextmanager
-    def timing(self, stream: str, opens_step: bool) -> Iterator[_Step]:
-        """Time a forward and backward; the caller adds loss, tokens and items to the yielded step."""
+    def timing(self, stream: str, step: int, opens_step: bool) -> Iterator[_Step]:
+        """Time a forward and backward of optimizer step number `step`; the caller `add`s to the yielded step."""
         steps = self._steps.setdefault(stream, [])
         if opens_step:
-            steps.append(_Step())
+            steps.append(_Step(step))
         span = _Span(self._cuda)
         yield steps[-1]
         span.stop()
@@ -53,9 +60,14 @@ class StreamMeter(TrainerCallback, ExportableState):
         """Note the gradient norm of the stream's present step."""
         self._steps[stream][-1].grad_norm = norm
 
-    def settle(self, device: torch.device) -> None:
-        """Book the steps since the last call; on all ranks at the same steps, before a log and before a checkpoint."""
+    def settle(self, device: torch.device) -> NotFinite | None:
+        """Book the steps since the last call; on all ranks at the same steps, before a log and before a checkpoint.
+
+        Returns:
+            The first step whose loss, mean over the ranks, or gradient norm is not finite; the same on all ranks.
+        """
         world_size = rank_and_world_size()[1]
+        bad: list[NotFinite] = []
         for stream, steps in sorted(self._steps.items()):
             if not steps:
                 continue
@@ -64,6 +76,11 @@ class StreamMeter(TrainerCallback, ExportableState):
             losses, (tokens, items) = [loss / world_size for loss in sums[:-2]], sums[-2:]
             seconds = sum(step.seconds() for step in steps)
             norms = [float(step.grad_norm) for step in steps if step.grad_norm is not None]
+            found = [
+                step.not_finite(stream, loss, check_norm=not self._scaled)
+                for step, loss in zip(steps, losses, strict=True)
+            ]
+            bad += [one for one in found if one is not None]
             self.losses.setdefault(stream, []).extend(losses)
             totals = self.totals.setdefault(stream, dict.fromkeys(COUNTERS, 0.0))
             for name, value in zip(COUNTERS, (tokens, items, seconds), strict=True):
@@ -74,6 +91,7 @@ class StreamMeter(TrainerCallback, ExportableState):
             fresh["tokens"] += tokens
             fresh["seconds"] += seconds
             steps.clear()
+        return min(bad, key=lambda found: found.step, default=None)
 
     def report(self) -> dict[str, float]:
         """Metrics for the log, of what was settled since the last report."""
@@ -115,19 +133,40 @@ class StreamMeter(TrainerCallback, ExportableState):
         if saved and state.global_step > 0:
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
+            self.notes.setdefault("resumed_at", []).append(state.global_step)
 
 
 class _Step:
     """One optimizer step of one stream."""
 
-    def __init__(self) -> None:
-        self.losses: list[torch.Tensor] = []
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.tokens = self.items = 0
         self.grad_norm: torch.Tensor | float | None = None
         self.spans: list[_Span] = []
+        self._losses: list[torch.Tensor] = []
+        self._rows: list[Sequence[int]] = []
+
+    def add(self, loss: torch.Tensor, micro_batch: MicroBatch) -> None:
+        """Note a micro-batch and its share of the step's loss, which may still be under way on the GPU."""
+        self._losses.append(loss.detach().float())
+        self._rows.append(micro_batch.rows)
+        self.tokens += micro_batch.tokens
+        self.items += micro_batch.items
 
     def loss_value(self) -> float:
-        return torch.stack(self.losses).sum().item()
+        return torch.stack(self._losses).sum().item()
+
+    def not_finite(self, stream: str, loss: float, check_norm: bool) -> NotFinite | None:
+        """What is wrong with the step, given its loss on all ranks; the rows are those of this rank's micro-batches."""
+        if not math.isfinite(loss):
+            parts = zip(self._losses, self._rows, strict=True)
+            rows = [row for part, rows in parts if not bool(part.isfinite()) for row in rows]
+            return NotFinite(stream, self.number, "loss", str(loss), rows)
+        if check_norm and self.grad_norm is not None and not math.isfinite(float(self.grad_norm)):
+            rows = [row for rows in self._rows for row in rows]
+            return NotFinite(stream, self.number, "gradient norm", str(float(self.grad_norm)), rows)
+        return None
 
     def seconds(self) -> float:
         return sum(span.seconds() for span in self.spans)

@@ -11,29 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
-from fastalign.config import Config, TaskConfig, save_config
-from fastalign.data.parallel import Pair, read_pairs
-from fastalign.data.sampling import Sampler, held_out, stable_hash
-from fastalign.data.templates import TaskExample, TaskReader
-from fastalign.data.tokenization import PromptTokenizer, SentenceTokenizer
-from fastalign.errors import ConfigError, DataError, FastalignError
+from fastalign.config import Config, save_config
+from fastalign.data.parallel import Pair
+from fastalign.data.tokenization import SentenceTokenizer
+from fastalign.errors import ConfigError, FastalignError, RunError
 from fastalign.model.early_exit import hidden_at
 from fastalign.model.encode import resolve_layer
 from fastalign.model.loading import add_adapter, load_model, load_model_config, load_tokenizer
 from fastalign.probing.retrieval import choose_pairs, retrieval
-from fastalign.streams.alignment import AlignmentStream
-from fastalign.streams.base import Stream, rank_and_world_size
-from fastalign.streams.task import TaskStream
+from fastalign.streams.base import rank_and_world_size
 from fastalign.training.arguments import effective_training, training_arguments
+from fastalign.training.inputs import Inputs, build_streams, read_inputs, sentence_tokenizer
 from fastalign.training.interrupt import SaveOnInterrupt
+from fastalign.training.memory import first_line, free_bytes, gigabytes, is_out_of_memory
 from fastalign.training.output import checkpoint_to_resume, clear, require_free_folder
+from fastalign.training.plan import plan, plan_lines, total_steps
+from fastalign.training.record import device_name, kernels, versions
 from fastalign.training.schedule import Schedule
 from fastalign.training.trainer import AlignTrainer
 
 Probe = Callable[[Any], dict[str, Any]]
-MAX_HELD_OUT = {"task": 500, "alignment": 1_000}
 
 
 def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
@@ -49,6 +48,7 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
 
     Raises:
         ConfigError, DataError, ModelError: something the user can mend; raised before anything is overwritten.
+        RunError: memory or disk ran out, or a loss is no longer finite.
     """
     started = time.perf_counter()
     schedule = Schedule(config.schedule.mode, config.schedule.ratio)
@@ -59,44 +59,18 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
     text_config = load_model_config(config.model).get_text_config()
     layers = _layers(config, text_config.num_hidden_layers)
     tokenizer = load_tokenizer(config.model)
-    task = _read_task(config) if config.task.data else None
-    pairs = _read_alignment(config) if config.alignment.data or config.alignment.eval_data else None
-    config = replace(config, training=effective_training(config, bool((task and task[1]) or (pairs and pairs[1]))))
+    inputs = read_inputs(config)
+    config = replace(config, training=effective_training(config, inputs.can_evaluate))
     args = training_arguments(config.training)
     if config.alignment.negatives == "world" and args.world_size > 1:
         raise ConfigError("alignment.negatives: world is not supported on several ranks yet; use rank")
-
-    if args.device.type == "cuda" and args.world_size == 1 and torch.cuda.device_count() > 1:
-        count = torch.cuda.device_count()
-        print(f"using 1 of {count} GPUs; for all: torchrun --nproc_per_node {count} -m fastalign ...", file=sys.stderr)
-    sentences = SentenceTokenizer(
-        tokenizer,
-        config.alignment.skip_first_token,
-        config.alignment.pooling,
-        _room(text_config, config.alignment.max_length),
-    )
-    streams: dict[str, Stream] = {}
-    if task:
-        prompts = PromptTokenizer(tokenizer, config.task.chat_template, _room(text_config, config.task.max_length))
-        streams["task"] = _task_stream(config, task, prompts, args)
-    if pairs and config.alignment.data:
-        streams["alignment"] = AlignmentStream(
-            pairs[0],
-            _some(pairs[1], "alignment", lambda pair: pair.source + pair.target),
-            sentences,
-            Sampler(
-                [pair.direction for pair in pairs[0]], config.alignment.language_temperature, args.seed, "alignment"
-            ),
-            config.alignment,
-            layers,
-            accumulation=args.gradient_accumulation_steps,
-        )
-
-    from transformers import set_seed
+    sentences = sentence_tokenizer(config, inputs, tokenizer, text_config)
+    streams = build_streams(config, inputs, tokenizer, sentences, text_config, layers, args)
+    steps = total_steps(schedule, streams, args)
 
     set_seed(args.seed)
-    model = add_adapter(load_model(config.model, args.device), config.adapter)
-    probe = _probe(sentences, pairs[1], layers[-1], config.alignment.eval_pairs) if pairs else None
+    model = _load(config, args.device)
+    probe = _probe(sentences, inputs.pairs[1], layers[-1], config.alignment.eval_pairs) if inputs.pairs else None
     interrupt = SaveOnInterrupt()
     try:
         trainer = AlignTrainer(
@@ -112,10 +86,12 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
             trainer.create_optimizer_and_scheduler(args.max_steps)
             trainer.optimizer = trainer.lr_scheduler = None
     except (ImportError, RuntimeError, ValueError) as error:  # a reporter or optimizer that is not installed, and such
-        if isinstance(error, FastalignError) or "out of memory" in str(error):
+        if isinstance(error, FastalignError) or is_out_of_memory(error):
             raise
         raise ConfigError(f"training: {error}") from error
     _try_early_exit(model, layers)
+    planned = plan(schedule, streams, steps, args.world_size)
+    _say([*_unused_gpus(args), *inputs.tally.lines(), *plan_lines(planned, streams)])
     if rank_and_world_size()[0] == 0:
         clear(config.output_dir, keep_checkpoints=resumes)
         config.output_dir.mkdir(parents=True, exist_ok=True)
@@ -135,17 +111,78 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
         **_peak_memory(args.device),
         "layer": layers[0] if len(layers) == 1 else layers,
         "streams": trainer.meter.summary(),
+        **_results(trainer, probe),
+        **_record(config, trainer, inputs, planned),
     }
-    if probe is not None:
-        summary["retrieval"] = {**trainer.meter.notes.get("retrieval", {}), "after": probe(trainer.model_wrapped)}
-    evaluated = [entry for entry in trainer.state.log_history if "eval_runtime" in entry]
-    if args.load_best_model_at_end:  # the adapter that is saved is that step's
-        evaluated = [entry for entry in evaluated if entry["step"] == trainer.state.best_global_step]
-    if evaluated:
-        summary["evaluation"] = {name: value for name, value in evaluated[-1].items() if name.startswith("eval_")}
     if rank_and_world_size()[0] == 0:
         (config.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
+
+
+def _say(lines: Sequence[str]) -> None:
+    if rank_and_world_size()[0] == 0:
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
+
+
+def _unused_gpus(args: Any) -> list[str]:
+    count = torch.cuda.device_count() if args.device.type == "cuda" and args.world_size == 1 else 1
+    return (
+        [f"using 1 of {count} GPUs; for all: torchrun --nproc_per_node {count} -m fastalign ..."] if count > 1 else []
+    )
+
+
+def _load(config: Config, device: torch.device) -> torch.nn.Module:
+    """The base in its adapter. RunError where it does not fit into memory."""
+    free = free_bytes(device)
+    try:
+        return add_adapter(load_model(config.model, device), config.adapter)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(
+            f"out of memory while loading the base model ({first_line(error)}); {gigabytes(free)} were free; set "
+            "model.quantization: nf4 or model.dtype: bfloat16, or take a smaller model"
+        ) from error
+
+
+def _results(trainer: AlignTrainer, probe: Probe | None) -> dict[str, Any]:
+    """Retrieval before and after, and the last evaluation: of the step whose adapter is saved."""
+    results: dict[str, Any] = {}
+    if probe is not None:
+        results["retrieval"] = {**trainer.meter.notes.get("retrieval", {}), "after": probe(trainer.model_wrapped)}
+    evaluated = [entry for entry in trainer.state.log_history if "eval_runtime" in entry]
+    if trainer.args.load_best_model_at_end:
+        evaluated = [entry for entry in evaluated if entry["step"] == trainer.state.best_global_step]
+    if evaluated:
+        results["evaluation"] = {name: value for name, value in evaluated[-1].items() if name.startswith("eval_")}
+    return results
+
+
+def _record(config: Config, trainer: AlignTrainer, inputs: Inputs, planned: dict[str, Any]) -> dict[str, Any]:
+    """What was run, and with what: for whoever asks later where the numbers come from."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    base = model.get_base_model().config
+    trainable, total = model.get_nb_trainable_parameters()
+    return {
+        "model": {
+            "name": config.model.name_or_path,
+            "commit": getattr(base, "_commit_hash", None),
+            "type": base.model_type,
+            "quantization": config.model.quantization,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "parameters": total,
+            "trainable": trainable,
+        },
+        "plan": planned,
+        "data": inputs.tally.as_dict(),
+        "seed": trainer.args.seed,
+        "ranks": trainer.args.world_size,
+        "resumed_at": trainer.meter.notes.get("resumed_at", []),
+        "device": device_name(trainer.args.device),
+        "kernels": kernels(trainer.args.device),
+        "versions": versions(),
+    }
 
 
 def _require_data(config: Config, schedule: Schedule) -> None:
@@ -161,70 +198,6 @@ def _layers(config: Config, depth: int) -> list[int]:
     if len(set(layers)) < len(layers):
         raise ConfigError(f"alignment.layer: {specs} names a layer twice ({layers})")
     return layers
-
-
-def _room(text_config: Any, wanted: int) -> int:
-    """Tokens a row may have: as configured, but not beyond the model's context."""
-    context = getattr(text_config, "max_position_embeddings", None)
-    return min(wanted, context) if isinstance(context, int) and context > 0 else wanted
-
-
-def _read_task(config: Config) -> tuple[list[TaskExample], list[TaskExample]]:
-    """(training, held-out) examples."""
-    task: TaskConfig = config.task
-    reader = TaskReader(task)
-    assert task.data is not None
-    examples = reader.read(task.data, "task.data")
-    if task.eval_data is not None:
-        return examples, _some(reader.read(task.eval_data, "task.eval_data"), "task", _text)
-    return _split(examples, _text, task.eval_share, "task")
-
-
-def _read_alignment(config: Config) -> tuple[list[Pair], list[Pair]]:
-    """(training, held-out) pairs; a meaning is on one side only."""
-    alignment = config.alignment
-    if alignment.data is None:
-        assert alignment.eval_data is not None
-        return [], read_pairs(alignment.eval_data, alignment.pairs, "alignment.eval_data")
-    pairs = read_pairs(alignment.data, alignment.pairs, "alignment.data")
-    if alignment.eval_data is not None:
-        return pairs, read_pairs(alignment.eval_data, alignment.pairs, "alignment.eval_data")
-    names: dict[int, str] = {}
-    for pair in pairs:
-        names[pair.meaning] = min(names.get(pair.meaning, pair.target), pair.target)
-    return _split(pairs, lambda pair: names[pair.meaning], alignment.eval_share, "alignment")
-
-
-def _split(rows: list, key: Callable[[Any], str], share: float, name: str) -> tuple[list, list]:
-    share = min(share, MAX_HELD_OUT[name] / max(len(rows), 1))
-    train, kept = [], []
-    for row in rows:
-        (kept if held_out(key(row), share) else train).append(row)
-    if not train:
-        raise DataError(f"{name}.data: only {len(rows)} rows, and all are held out; give eval_data or eval_share: 0")
-    return train, kept
-
-
-def _some(rows: list, name: str, key: Callable[[Any], str]) -> list:
-    """At most as many rows as are evaluated, drawn and mixed by the hash of their content."""
-    return sorted(rows, key=lambda row: stable_hash(key(row)))[: MAX_HELD_OUT[name]]
-
-
-def _text(example: TaskExample) -> str:
-    return "\x1f".join(message["content"] for message in example.messages)
-
-
-def _task_stream(config: Config, task: tuple[list, list], prompts: PromptTokenizer, args: Any) -> TaskStream:
-    prompts.check([*task[0], *task[1]])
-    languages = [example.language for example in task[0]]
-    return TaskStream(
-        *task,
-        prompts,
-        Sampler(languages, config.task.language_temperature, args.seed, "task"),
-        micro_batch_size=args.per_device_train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        eval_batch_size=args.per_device_eval_batch_size,
-    )
 
 
 def _probe(tokenizer: SentenceTokenizer, pairs: list[Pair], layer: int, limit: int) -> Probe | None:

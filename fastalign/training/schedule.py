@@ -42,6 +42,13 @@ class Schedule:
         """Optimizer steps that hold so many task steps and the alignment steps that belong to them."""
         return math.floor(task_steps * self._period)
 
+    def counts(self, steps: int) -> dict[str, int]:
+        """Steps of each stream among the first `steps` optimizer steps."""
+        if self.mode != "alternate":
+            return dict.fromkeys(self.streams, steps)
+        task = self.task_steps(steps)
+        return {"task": task, "alignment": steps - task}
+
     @property
     def streams(self) -> tuple[str, ...]:
         """The streams this schedule trains on."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +24,15 @@ from transformers import Trainer, TrainingArguments
 
 from fastalign.config import nearest
 from fastalign.errors import ConfigError
-from fastalign.streams.base import MicroBatch, Stream, rank_and_world_size
+from fastalign.streams.base import MicroBatch, Stream, gather_over_ranks, rank_and_world_size
+from fastalign.training.failures import Moment, out_of_memory, stop_not_finite, stop_ruined_adapter
+from fastalign.training.memory import is_out_of_memory
 from fastalign.training.meter import StreamMeter
+from fastalign.training.plan import total_steps
 from fastalign.training.schedule import Schedule
 from fastalign.training.zero import refuse_zero3, zero_term
+
+SETTLE_EVERY = 10  # steps; at each, the losses are read from the GPU
 
 
 @dataclass
@@ -90,13 +96,12 @@ class AlignTrainer(Trainer):
             )
         refuse_zero3(bool(args.deepspeed))
         self.streams, self.schedule, self.retrieval = dict(streams), schedule, retrieval
-        self.meter = StreamMeter(args.device)
+        self.meter = StreamMeter(args.device, scaled=args.fp16)
+        self._moment: Moment | None = None  # the forward and backward that is going on
         self._kept: list[torch.Tensor | None] = []  # the first stream's gradient in a step of two
-        first = self.streams[schedule.streams[0]]
-        epoch = first.steps_per_epoch(args.world_size)
+        epoch = self.streams[schedule.streams[0]].steps_per_epoch(args.world_size)
         self._steps_per_epoch = max(1, schedule.steps(math.ceil(epoch)))
-        if args.max_steps <= 0:
-            args.max_steps = max(1, schedule.steps(math.ceil(args.num_train_epochs * epoch)))
+        args.max_steps = total_steps(schedule, self.streams, args)
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs need a launcher: threads cannot share a model that exits early
         args.ddp_find_unused_parameters = False  # zero_term uses all of them; DDP would count them twice
         kwargs["callbacks"] = [self.meter, *(kwargs.get("callbacks") or [])]
@@ -113,6 +118,8 @@ class AlignTrainer(Trainer):
         """The work of the coming optimizer step, dealt to `num_batches` ticks; the last tick always has some."""
         if self.state.global_step >= self.state.max_steps:
             return [], None  # a finished run was resumed
+        if self.state.global_step % SETTLE_EVERY == 0:
+            self._settle()
         for _ in range(num_batches):
             next(epoch_iterator)
         rank, world_size = rank_and_world_size()
@@ -133,23 +140,34 @@ class AlignTrainer(Trainer):
         model.train()
         self._optimizer_mode("train")
         total = torch.zeros((), device=self.args.device)
+        number = self.state.global_step + 1
         for work in inputs:
             stream = self.streams[work.stream]
-            with self.meter.timing(work.stream, opens_step=work.siblings is not None) as step:
+            self._moment = Moment(stream, work.micro_batch, number, _allocated(self.args.device))
+            with self.meter.timing(work.stream, number, opens_step=work.siblings is not None) as step:
                 if work.siblings is not None:
-                    stream.begin_step(model, work.siblings)
+                    with self.compute_loss_context_manager():
+                        stream.begin_step(model, work.siblings)
                 with self._synchronized(model, work is inputs[-1]):
                     with self.compute_loss_context_manager():
                         loss = stream.loss(model, work.micro_batch)
-                    step.losses.append(loss.detach().float())
+                    step.add(loss, work.micro_batch)
                     loss = loss * stream.weight
                     total += loss.detach()
                     self._backward(loss + zero_term(model) if work.closes_step else loss)
-            step.tokens += work.micro_batch.tokens
-            step.items += work.micro_batch.items
             if work.closes_stream:
                 self._measure_gradient(model, work)
+        self._moment = None
         return total
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's. RunError where memory runs out or a loss is no longer finite."""
+        try:
+            return super().train(*args, **kwargs)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(error, self._moment, self.model, self.args) from error
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -181,13 +199,35 @@ class AlignTrainer(Trainer):
         if self.is_in_train and ("loss" in logs or "train_loss" in logs):
             if len(self.schedule.streams) > 1:
                 logs = {k: v for k, v in logs.items() if k not in ("loss", "train_loss", "grad_norm")}
-            self.meter.settle(self.args.device)
+            self._settle()
             logs = {**self.meter.report(), **logs}
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self.meter.settle(self.args.device)
+        self._settle()
+        self._require_finite_adapter()
         super()._save_checkpoint(model, trial)
+
+    def _settle(self) -> None:
+        """Book what was done, and stop where it was not finite."""
+        found = self.meter.settle(self.args.device)
+        if found is None:
+            return
+        places = gather_over_ranks([self.streams[found.stream].where(row) for row in found.rows])
+        raise stop_not_finite(found, places, self._folder)
+
+    def _require_finite_adapter(self) -> None:
+        """No checkpoint of weights that an update has ruined, though the loss before it was finite."""
+        model: Any = self.model
+        largest = [p.detach().abs().amax().float() for p in model.parameters() if p.requires_grad]
+        if not bool(torch.stack(largest).isfinite().all()):
+            step = self.state.global_step
+            streams = " and ".join(name for name, _ in self.schedule.at(step - 1))
+            raise stop_ruined_adapter(streams, step, self._folder)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.args.output_dir or ".")
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: a forward that stops early has no simple formula."""
@@ -251,6 +291,10 @@ class AlignTrainer(Trainer):
             self._kept = []
         scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
         self.meter.grad_norm(work.stream, _norm(gradients) / scale)
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _norm(tensors: list[torch.Tensor | None]) -> torch.Tensor:
