@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from fastalign.config import SECTIONS, TRAINING_DEFAULTS, describe, load_config
-from fastalign.errors import FastalignError, RunError
+from fastalign.errors import FastalignError, RunError, mask_secrets
 
 Summary = dict[str, Any]
 
@@ -74,7 +74,7 @@ def _fail(message: str, code: int, say: bool) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"fastalign: {message} (see {self.prog} --help)", file=sys.stderr)
+        print(f"fastalign: {mask_secrets(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
 

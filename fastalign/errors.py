@@ -7,12 +7,32 @@ stderr and exit code 2, a RunError into one and exit code 1; anything else is a 
 
 from __future__ import annotations
 
+import os
+import re
+
+# An access token of a hub; the user and password of a URL.
+SECRETS = re.compile(r"hf_[A-Za-z0-9]{20,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+
+LONGEST = 1000
+
+
+def mask_secrets(text: str) -> str:
+    """`text` with *** for access tokens, also those of the environment, and for the passwords of URLs."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        token = os.environ.get(name, "").strip()
+        if len(token) >= 8:  # a shorter one is no token, and may be part of any word
+            text = text.replace(token, "***")
+    return SECRETS.sub("***", text)
+
 
 class FastalignError(Exception):
-    """Base of everything that is the user's to mend. The message is one line."""
+    """Base of everything that is the user's to mend. The message is one line, and holds no secret."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        message = mask_secrets(" ".join(message.split()))
+        if len(message) > LONGEST:  # it quotes something long; what is wrong comes first, how to mend it last
+            message = f"{message[: LONGEST // 2]} [...] {message[-LONGEST // 2 :]}"
+        super().__init__(message)
 
 
 class ConfigError(FastalignError, ValueError):

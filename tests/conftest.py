@@ -39,14 +39,12 @@ def sentence(language: str, number: int) -> str:
     return " ".join(words[number // 12**place % 12] for place in range(3))
 
 
-@pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 4 layers with its tokenizer (BOS, EOS, PAD), saved as a folder."""
+def make_model(folder: Path) -> None:
+    """Saves a random Llama of 4 layers with its tokenizer (BOS, EOS, PAD) in a folder."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("model")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
@@ -72,17 +70,29 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def make_data(folder: Path) -> None:
+    """Writes ``task.jsonl`` (24 rows with answers of different length) and ``pairs.jsonl`` (60 N-way rows)."""
+    task = [{"prompt": sentence("en", i), "response": " ".join(["yes"] * (1 + i % 5)), "lang": "en"} for i in range(24)]
+    pairs = [{"_id": f"row{i}", **{language: sentence(language, 7 * i) for language in WORDS}} for i in range(60)]
+    for name, rows in (("task", task), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `make_model`."""
+    folder = tmp_path_factory.mktemp("model")
+    make_model(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``task.jsonl`` (24 rows with answers of different length) and ``pairs.jsonl`` (60 N-way rows)."""
+    """The folder of `make_data`."""
     folder = tmp_path_factory.mktemp("data")
-    task = [{"prompt": sentence("en", i), "response": " ".join(["yes"] * (1 + i % 5)), "lang": "en"} for i in range(24)]
-    pairs = [{"_id": f"row{i}", **{language: sentence(language, 7 * i) for language in WORDS}} for i in range(60)]
-    for name, rows in (("task", task), ("pairs", pairs)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    make_data(folder)
     return folder
 
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from fastalign.cli import main
-from fastalign.config import SECTIONS, TRAINING_DEFAULTS, describe, load_config
+from fastalign.config import SECTIONS, TRAINING_DEFAULTS, describe, load_config, save_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -218,7 +218,7 @@ def test_resuming_a_run_that_has_no_checkpoint_yet_starts_over_and_says_so(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.yaml").write_text("{}")  # what a run leaves that was killed early
+    save_config(load_config(config_file), tmp_path / "out" / "config.yaml")  # what a run leaves that was killed early
     assert main(["train", str(config_file), "training.resume_from_checkpoint=true"]) == 0
     assert "starting from the beginning" in capsys.readouterr().err
 

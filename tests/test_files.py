@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -17,7 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fastalign.data import files
 from fastalign.data.files import Row, plain_suffix, read_sources
+from fastalign.data.tally import Tally
 from fastalign.errors import DataError
 
 
@@ -61,7 +64,7 @@ def refusal(spec: str | list[str]) -> str:
     with pytest.raises(DataError) as caught:
         read_sources(spec, "task.data")
     message = str(caught.value)
-    assert "\n" not in message and len(message) < 500
+    assert message.isprintable() and len(message) < 500
     return message
 
 
@@ -185,8 +188,17 @@ def test_parquet(tmp_path):
         ("a.jsonl", b'[{"a": 1}]\n', "line 1: must be an object such as {...}, not an array"),
         ("a.json", b'[\n  {"a": 1}\n]\n', "line 1: the JSON goes on over several lines"),
         ("a.json", b'{\n  "a": 1\n}\n', "line 1: the JSON goes on over several lines"),
-        ("a.jsonl", b"null\n", "line 1: must be an object"),
-        ("a.jsonl", b"12\n", "line 1: must be an object"),
+        ("a.jsonl", b"null\n", "line 1: must be an object such as {...}, not None"),
+        ("a.jsonl", b'"' + b"x" * 5000 + b'"\n', "line 1: must be an object such as {...}, not 'xxx"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "b', "line 2: not JSON (Unterminated string starting, column 7)"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "b', "it is the last line: is the file cut off?"),
+        ("a.jsonl", b'{"a": 1}\n{"a": \n\n', "line 2: not JSON (Expecting value, column 7); each line must be one obj"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xc3', "line 2: not UTF-8 (unexpected end of data)"),
+        ("a.jsonl", b'{"a": 1}\n\xef\xbb\xbf{"a": 1}\n', "line 2: not JSON (Unexpected UTF-8 BOM"),
+        ("a.jsonl", b'{"a": 1}\r{"a": 1}\r', "line 1: not JSON (Extra data"),
+        ("a.jsonl", b'{"\x1b[31m": 1, "\x1b[31m": 1}', "line 1: not JSON (Invalid control character"),
+        ("a.jsonl", b'{"\\u001b": 1, "\\u001b": 1}', "line 1: the key '\\x1b' appears twice"),
+        ("a.jsonl", b'{"' + b"k" * 10_000 + b'": 1, "' + b"k" * 10_000 + b'": 1}', "kkk...kkk"),
         ("a.jsonl", b'{"de": "a", "en": "b", "de": "c"}\n', "line 1: the key 'de' appears twice"),
         ("a.jsonl", b'{"a": [{"b": 1, "b": 1}]}\n', "line 1: the key 'b' appears twice"),
         ("a.jsonl", b'{"a": "ok"}\n{"a": "\\ud83d"}\n', "line 2: a text holds half of a surrogate pair"),
@@ -209,7 +221,8 @@ def test_parquet(tmp_path):
         ("a.tsv", b"de\ten\nja\tyes\nnein\n", "a.tsv, line 3: 1 columns where the header has 2"),
         ("a.tsv", b"de\ten\nja\tyes\t\n", "a.tsv, line 2: 3 columns where the header has 2"),
         ("a.tsv", b"de\ten\nja\t\xff\n", "a.tsv, line 2: not UTF-8"),
-        ("a.parquet", b"PAR1", "a.parquet cannot be read as parquet"),
+        ("a.parquet", b"PAR1", "a.parquet cannot be read as parquet, perhaps damaged or cut off ("),
+        ("a.parquet", b"", "a.parquet cannot be read as parquet, perhaps damaged or cut off ("),
         ("a.csv", b"a,b", "cannot tell what"),
         ("a.jsonl.zip", b"", "cannot tell what"),
         ("a", b"x", "cannot tell what"),
@@ -234,6 +247,16 @@ def test_a_compressed_file_that_was_cut_off_or_is_something_else(write, ending):
     }, "a file may be several compressed ones, one after the other"
 
 
+def test_a_file_is_called_cut_off_only_where_its_last_line_ends_too_early(write):
+    good, cut = '{"a": 1}\n', '{"a": "b'
+    for content in (good + cut, good + cut + "\n \n", good + '{"a": 1'):
+        message = refusal(write("a.jsonl", content))
+        assert "line 2: not JSON" in message and message.endswith("; it is the last line: is the file cut off?")
+    for content in (good + cut + "\n" + good, good + '{"a": 1 2}', good.encode() + cut.encode() + b"\n\xff\n"):
+        message = refusal(write("a.jsonl", content))
+        assert "line 2: not JSON" in message and "cut off" not in message
+
+
 def test_surrogate_pairs_are_characters(write):
     assert rows_of(write("a.jsonl", b'{"a": "\\ud83d\\ude00 \\\\ud83d"}\n')) == [{"a": "\U0001f600 \\ud83d"}]
 
@@ -253,7 +276,82 @@ def test_an_unreadable_file(write):
     os.chmod(path, 0)
     if os.access(path, os.R_OK):
         pytest.skip("this user may read everything")
-    assert "Permission denied" in refusal(path)
+    assert "cannot be read (Permission denied)" in refusal(path)
+
+
+def test_what_is_no_file_of_rows(tmp_path, write):
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    assert "link.jsonl' is a link to a file that does not exist" in refusal(str(tmp_path / "link.jsonl"))
+    (tmp_path / "round.jsonl").symlink_to(tmp_path / "round.jsonl")
+    assert "does not exist" in refusal(str(tmp_path / "round.jsonl"))
+    (tmp_path / "folder.jsonl").mkdir()
+    assert "folder.jsonl' is a folder" in refusal(str(tmp_path / "folder.jsonl"))
+    assert "does not exist; no file name holds a NUL" in refusal("a\0*.jsonl")
+    (tmp_path / "good.jsonl").symlink_to(write("a.jsonl", LINES))
+    assert rows_of(str(tmp_path / "good.jsonl")) == ROWS
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.timeout(60)
+def test_a_pipe_that_nobody_writes_to_is_refused_and_not_waited_for(tmp_path):
+    for name in ("pipe.jsonl", "pipe.parquet", "pipe.de"):
+        os.mkfifo(tmp_path / name)
+        assert f"{name}' is not a regular file" in refusal(str(tmp_path / name))
+    os.mkfifo(tmp_path / "pipe.en")
+    assert "is not a regular file" in refusal([str(tmp_path / "pipe.de"), str(tmp_path / "pipe.en")])
+
+
+def test_a_file_name_cannot_drive_a_terminal(write):
+    message = refusal(write("a\x1b[31m\n\u202eb.jsonl", "{\n"))
+    assert "a\\x1b[31m\\n\\u202eb.jsonl, line 1: the JSON goes on" in message
+
+
+def test_one_line_cannot_fill_the_memory(write, monkeypatch):
+    monkeypatch.setattr(files, "LONGEST_LINE", 1 << 20)
+    row = '{"a": "' + "x" * (1 << 19) + '"}\n'
+    assert len(rows_of(write("a.jsonl", row * 3))) == 3
+    for name, compress in (("b.jsonl", bytes), ("b.jsonl.gz", gzip.compress), ("b.jsonl.zst", COMPRESS[".zst"])):
+        message = refusal(write(name, compress(row.encode() + b'{"a": "' + b"x" * (1 << 21) + b'"}\n')))
+        assert f"{name}, line 2: longer than 1 MB" in message
+
+
+@pytest.mark.timeout(60)
+def test_a_hundred_thousand_keys_with_one_twice(write):
+    keys = ", ".join(f'"k{i}": 1' for i in range(100_000))
+    assert len(rows_of(write("a.jsonl", f"{{{keys}}}"))[0]) == 100_000
+    assert "the key 'k99999' appears twice" in refusal(write("b.jsonl", f'{{{keys}, "k99999": 2}}'))
+
+
+def test_the_tally_gets_every_file_with_its_hash_and_its_rows(write, tmp_path, monkeypatch):
+    import datasets
+
+    pq.write_table(pa.Table.from_pylist([{"a": 1}] * 5), tmp_path / "a.parquet")
+    paths = [
+        write("a.jsonl", LINES),
+        write("a.jsonl.gz", gzip.compress(LINES)),
+        write("b.de", "eins\nzwei\ndrei\n"),
+        write("b.en", "one\ntwo\nthree\n"),
+        str(tmp_path / "a.parquet"),
+    ]
+    hashes = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]
+    assert len({*hashes}) == 5
+    hub = datasets.Dataset.from_list([{"a": 1}])
+    monkeypatch.setattr(datasets, "load_dataset", monkeypatched(datasets.load_dataset, hub))
+    tally = Tally()
+    read_sources([*paths, "some/thing"], "task.data", tally)
+    read_sources(paths[0], "task.eval_data", tally)
+    found = tally.as_dict()["files"]
+    assert found["task.data"][:5] == [
+        {"name": path, "sha256": sha256, "rows": rows}
+        for path, sha256, rows in zip(paths, hashes, (2, 2, 3, 3, 5), strict=True)
+    ]
+    assert found["task.data"][5] == {"name": "some/thing", "sha256": f"fingerprint {hub._fingerprint}", "rows": 1}
+    assert found["task.eval_data"] == found["task.data"][:1]
+
+
+def monkeypatched(load: Callable, hub: object) -> Callable:
+    """`load_dataset` that knows one name on the hub."""
+    return lambda name, **options: hub if name == "some/thing" else load(name, **options)
 
 
 def test_a_name_that_could_be_on_a_hub(monkeypatch):

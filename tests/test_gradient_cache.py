@@ -166,6 +166,27 @@ def test_one_forward_where_one_micro_batch_holds_all(model_dir: Path, monkeypatc
         assert len(forwards) == expected
 
 
+def test_what_a_broken_step_has_left_is_forgotten(model_dir: Path) -> None:
+    model, parts = adapted(model_dir), stream(model_dir, [2], micro_batch_size=8)
+    micro_batches = parts.micro_batches(0, 0, 1)
+    parts.begin_step(model, micro_batches)  # and then memory ran out
+    expected = parts._objective(parts._vectors(model, micro_batches[0]), micro_batches[:1])
+    parts.begin_step(model, micro_batches[:1])
+    torch.testing.assert_close(parts.loss(model, micro_batches[0]), expected)
+
+
+def test_the_held_out_loss_does_not_depend_on_the_micro_batch(model_dir: Path) -> None:
+    model = adapted(model_dir).eval()
+    losses = []
+    for size in (64, 7):
+        one = stream(model_dir, [1, 3], micro_batch_size=size)
+        one.held_out = PAIRS
+        losses.append(one.evaluate(model, torch.device("cpu"))["eval_alignment_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    everything = stream(model_dir, [1, 3]).collate(range(64))
+    assert losses[0] == pytest.approx(one.loss(model, everything).item(), rel=1e-5)
+
+
 def test_vectors_are_those_that_are_measured(model_dir: Path) -> None:
     """The cache pools as `encode` and retrieval do: fp32, sources before targets, one plane a layer."""
     model, one = adapted(model_dir).eval(), stream(model_dir, [1, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def test_a_tokenizer_without_padding_pads_with_its_eos(model_dir: Path, tmp_path
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
+    shutil.copy(model_dir / "config.json", tmp_path)
     assert load_tokenizer(ModelConfig(name_or_path=str(tmp_path))).pad_token == "</s>"
 
 

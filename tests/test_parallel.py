@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastalign.data.parallel import Pair, is_english, meaning_ids, read_pairs
+from fastalign.data.tally import Tally
 from fastalign.errors import DataError
 
 Written = Callable[..., str]
@@ -36,7 +37,7 @@ def read(path: str | list[str], pairs: str | list[list[str]] = "to_english") -> 
 def refusal(path: str | list[str], pairs: str | list[list[str]] = "to_english") -> str:
     with pytest.raises(DataError) as caught:
         read_pairs(path, pairs, "alignment.data")
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
     return str(caught.value)
 
 
@@ -157,6 +158,13 @@ def test_a_language_that_first_appears_late_in_a_large_file(write):
         ({"source": "a", "target": "b", "source_lang": "de", "target_lang": ""}, "needs source_lang and target_lang"),
         ({"source": "a", "target": "b", "source_lang": "de", "target_lang": 3}, "line 2: a language must be text"),
         ({"lang": None, "en": "a", "text": "b"}, "line 2: a language must be text such as de, not None"),
+        ({"lang": "", "en": "a", "text": "b"}, "line 2: a language must be text such as de, not ''"),
+        ({"lang": "d\0e\n", "en": "a", "text": "b"}, "must be text such as de, not 'd\\x00e\\n'"),
+        ({"lang": "x" * 10_000, "en": "a", "text": "b"}, "must be text such as de, not 'xxx"),
+        ({"aa" + "-b" * 5_000: "a", "en": "b"}, "must be text such as de, not 'aa-b-b"),
+        ({"k" * 10_000: "a", "en": "b"}, "line 2: found keys kkk"),
+        ({f"K{i}": "a" for i in range(100_000)}, "line 2: found keys K0, K1, K2, "),
+        ({"en": "a", "de": [[["b"] * 99] * 99] * 99}, "line 2: the 'de' sentence must be text, not [[['b', 'b'"),
         ({"id": 17, "en": "a", "de": "b"}, "line 2: the 'id' sentence must be text, not 17 (keys of metadata begin"),
         ({"en": "a", "de": ["b"]}, "line 2: the 'de' sentence must be text, not ['b']"),
         ({"lang": "de", "en": float("nan"), "text": "b"}, "line 2: the 'en' sentence must be text, not nan"),
@@ -178,6 +186,83 @@ def test_what_is_not_there(write):
     )
     assert "no pair of sentences (languages: none)" in refusal(write({"en": "", "de": None}))
     assert "no pair of sentences (languages: en)" in refusal(write({"en": "one"}))
+
+
+BLANKS = ["", "  ", "\0", "\ufeff", "\u200b\u200f \t", "\x1b"]
+
+
+def told(path: str, pairs: str | list[list[str]] = "to_english") -> list[str]:
+    tally = Tally()
+    read_pairs(path, pairs, "alignment.data", tally)
+    return [line.replace(path, "FILE") for line in tally.lines()]
+
+
+@pytest.mark.parametrize("blank", [*BLANKS, None])
+def test_a_pair_with_an_empty_side_is_left_out_and_counted(write, blank):
+    good = {"lang": "de", "en": "one", "text": "eins"}
+    path = write(good, {**good, "text": blank}, good, {**good, "en": blank}, good)
+    assert read(path) == [("de", "en", "eins", "one")] * 3
+    assert told(path) == ["alignment.data: 2 of 5 pairs skipped: a side is empty (FILE, line 2; line 4)"]
+    good = {"source": "eins", "target": "one", "source_lang": "de", "target_lang": "en"}
+    path = write(good, {**good, "source": blank}, good)
+    for pairs in ("to_english", "as_written", [["en", "de"]]):
+        assert told(path, pairs) == ["alignment.data: 1 of 3 pairs skipped: a side is empty (FILE, line 2)"]
+
+
+@pytest.mark.parametrize("blank", BLANKS)
+def test_an_empty_sentence_of_several_languages_counts_and_a_missing_one_does_not(write, blank):
+    path = write({"en": "one", "de": blank, "fr": "un"}, {"en": "two", "de": "zwei"}, {"en": "three", "fr": None})
+    assert read(path) == [("fr", "en", "un", "one"), ("de", "en", "zwei", "two")]
+    assert told(path) == [
+        "alignment.data: 1 of 3 rows skipped: no English beside another language (FILE, line 3)",
+        "alignment.data: 1 of 3 pairs skipped: a side is empty (FILE, line 1)",
+    ]
+    assert told(path, [["fr", "en"]])[0] == (
+        "alignment.data: 2 of 3 rows skipped: no pair of alignment.pairs (FILE, line 2; line 3)"
+    )
+
+
+def test_an_empty_english_gives_way_to_another(write):
+    path = write({"en": "", "en-GB": "one", "de": "eins"})
+    assert read(path) == [("de", "en-GB", "eins", "one")]
+    assert told(path) == ["alignment.data: no pair for en: all its sentences are empty"]
+
+
+def test_mostly_empty_pairs_are_refused(write):
+    good, bad = {"en": "one", "de": "eins"}, {"en": "one", "de": "\u200b"}
+    assert len(read(write(good, bad))) == 1, "half of them is not most"
+    message = refusal(write(good, *[bad] * 4))
+    assert "alignment.data: 4 of 5 pairs have an empty side (" in message
+    assert "pairs.jsonl, line 2; line 3; line 4; ...); fill them in, remove them, or leave out the key" in message
+    assert "2 of 2 pairs have an empty side" in refusal(write({"en": "", "de": "eins"}, {"en": "two", "de": " "}))
+
+
+def test_equal_sides_are_a_pair(write):
+    path = write({"en": "Berlin", "de": "Berlin"})
+    assert read(path) == [("de", "en", "Berlin", "Berlin")] and told(path) == []
+
+
+def test_languages_that_end_up_without_a_pair_are_named(write):
+    path = write(
+        {"en": "one", "de": "eins", "xx": "", "fr": "un"},
+        {"en": "two", "de": "zwei", "en-GB": "2"},
+        {"it": "tre", "pt": "três"},
+    )
+    assert told(path) == [
+        "alignment.data: 1 of 3 rows skipped: no English beside another language (FILE, line 3)",
+        "alignment.data: 1 of 4 pairs skipped: a side is empty (FILE, line 1)",
+        "alignment.data: no pair for xx: all its sentences are empty",
+        "alignment.data: no pair for en-GB: its rows have another English",
+        "alignment.data: no pair for it, pt: no row has English beside it",
+    ]
+    assert told(path, [["it", "pt"]])[1:] == [], "what was not asked for is not missed"
+
+
+def test_a_pair_knows_its_line(write):
+    path = write({"en": "one", "de": "eins", "fr": "un"}, {"en": "two"}, {"en": "three", "de": "drei"})
+    assert [pair.where for pair in read_pairs(path, "to_english", "k")] == [
+        f"{path}, line {number}" for number in (1, 1, 3)
+    ]
 
 
 def test_one_english_sentence_with_its_german_and_french_is_one_meaning(write):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fastalign.config import config_from_dict
+from fastalign.data.tally import Tally
 from fastalign.data.templates import TEMPLATES, TaskExample, TaskReader, bio_spans, join_tokens
 from fastalign.errors import ConfigError, DataError, FastalignError
 
@@ -50,7 +51,7 @@ def read(path: str | list[str], **task: Any) -> list[list[tuple[str, str]]]:
 def refusal(path: str, **task: Any) -> str:
     with pytest.raises(FastalignError) as caught:
         read(path, **task)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
     return str(caught.value)
 
 
@@ -171,7 +172,7 @@ def test_custom(write):
     assert "no field {question}" in message and "there are: q, a, n, lang" in message
     with pytest.raises(ConfigError):
         read(path, **{**task, "prompt": "{question}"})
-    for value in (None, ["a"], {"b": 1}):
+    for value in (None, ["a"], {"b": 1}, float("nan"), float("inf")):
         assert "line 1: the field {a} must be text or a number" in refusal(
             write({"q": "x", "a": value, "n": 1}), **task
         )
@@ -188,6 +189,33 @@ def test_languages(write):
     )
 
 
+def test_rows_of_other_languages_are_counted(write):
+    path = write(*({**NER, "lang": lang} for lang in ("en", "no", "id", "no")))
+    tally = Tally()
+    both = TaskReader(config_from_dict({"task": {"template": "ner", "languages": ["no"]}}).task, tally)
+    assert len(both.read(path, "task.data")) == 2
+    assert tally.lines() == [
+        f"task.data: 2 of 4 rows left out: task.languages does not name their language ({path}, line 1; line 3)"
+    ]
+    assert tally.as_dict()["files"]["task.data"][0]["rows"] == 4
+
+
+def test_a_translation_knows_its_line_and_counts_what_is_empty(write):
+    good = {"lang": "de", "en": "one", "text": "eins"}
+    path = write(good, {**good, "text": "\ufeff"}, good)
+    tally = Tally()
+    examples = TaskReader(config_from_dict({"task": {"template": "translation"}}).task, tally).read(path, "task.data")
+    assert [example.where for example in examples] == [f"{path}, line 1", f"{path}, line 3"]
+    assert tally.lines() == [f"task.data: 1 of 3 pairs skipped: a side is empty ({path}, line 2)"]
+    assert tally.as_dict()["files"]["task.data"][0]["rows"] == 3
+
+
+def test_types_beyond_number_are_not_listed(write):
+    path = write(*({**NER, "tags": [f"B-{i}-{k}" for k in range(4)]} for i in range(300)))
+    assert "task.data: 1,200 types of labels are too many to list in every prompt" in refusal(path, template="ner")
+    assert len(read(path, template="ner", system="Find the names.")) == 300
+
+
 @pytest.mark.parametrize(
     ("template", "row", "words"),
     [
@@ -200,6 +228,16 @@ def test_languages(write):
         ("chat", {"prefix": "a", "text": ""}, "the answer (text) is empty"),
         ("chat", {"prompt": "a", "response": "b", "lang": ["de"]}, "the language must be text such as de, not ['de']"),
         ("chat", {"prompt": "a", "response": "b", "lang": ""}, "the language must be text"),
+        ("chat", {"prompt": "a", "response": "\u200b\0"}, "the answer (response) is empty"),
+        (
+            "chat",
+            {"prompt": "a", "response": "b", "lang": "d\x1be"},
+            "the language must be text such as de, not 'd\\x1be'",
+        ),
+        ("chat", {"k" * 10_000: 1}, "line 2: found kkk"),
+        ("chat", {f"k{i}": 1 for i in range(100_000)}, "found k0, k1, k2"),
+        ("chat", {"prompt": ["\x1b" * 10_000], "response": "b"}, "prompt must be text, not ['"),
+        ("chat", {"messages": [{"role": "user", "content": "a"}] * 1001}, "1,001 messages, more than 1,000"),
         ("chat", {"messages": "hi"}, "messages must be a list, not 'hi'"),
         ("chat", {"messages": []}, "must begin with a prompt and end with the assistant's answer"),
         ("chat", {"messages": [{"role": "user", "content": "a"}]}, "end with the assistant's answer"),

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastalign.config.checks import make_section, nearest, type_name, validate
+from fastalign.config.checks import make_section, nearest, refuse_secrets, type_name, validate
 from fastalign.config.dialect import dump_yaml, load_yaml, plain, read_yaml
 from fastalign.config.keys import (
     FREE_SECTIONS,
@@ -36,6 +36,7 @@ from fastalign.errors import ConfigError
 __all__ = [
     "FREE_SECTIONS",
     "PAPER_PRESET",
+    "SAVED",
     "SECTIONS",
     "TRAINING_DEFAULTS",
     "AdapterConfig",
@@ -46,12 +47,17 @@ __all__ = [
     "TaskConfig",
     "commented_yaml",
     "config_from_dict",
+    "config_text",
     "config_to_dict",
     "describe",
     "load_config",
     "nearest",
     "save_config",
 ]
+
+
+SAVED = "# Written by fastalign: the settings of a run, every key spelled out.\n"
+"""The first line of a ``config.yaml`` that a run has left, and no user has written."""
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -80,6 +86,7 @@ def config_from_dict(raw: Mapping[str, Any]) -> Config:
         for key in section:
             if not isinstance(key, str):
                 raise ConfigError(f"{name}: key {key!r} is not text")
+        refuse_secrets(section, name)
         if name == "alignment" and section.get("preset") == "paper":
             section = {**PAPER_PRESET, **section}
         values[name] = make_section(SECTIONS[name], name, section) if name in SECTIONS else section
@@ -93,9 +100,14 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
+def config_text(config: Config) -> str:
+    """The effective configuration as YAML, under a line that says where it comes from."""
+    return SAVED + dump_yaml(config_to_dict(config))
+
+
 def save_config(config: Config, path: str | Path) -> None:
     """Write the effective configuration as YAML; `load_config` reads it back to an equal object."""
-    Path(path).write_text(dump_yaml(config_to_dict(config)), encoding="utf-8")
+    Path(path).write_text(config_text(config), encoding="utf-8")
 
 
 def describe(section: str) -> list[tuple[str, str, str, str]]:

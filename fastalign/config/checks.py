@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from fastalign.config.keys import AlignmentConfig, Config, TaskConfig
-from fastalign.errors import ConfigError
+from fastalign.errors import ConfigError, mask_secrets
+
+# No machine has the memory for more; a typo is told at once instead of in the midst of an allocation.
+MOST = {"rank": 2**16, "pairs": 2**20, "tokens": 2**24}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -77,14 +82,22 @@ def validate(config: Config) -> None:
     """Ranges and combinations."""
     adapter = config.adapter
     _need(adapter.r >= 1, "adapter.r", "at least 1", adapter.r)
+    _need(adapter.r <= MOST["rank"], "adapter.r", f"at most {MOST['rank']:,}", adapter.r)
     _need(0 < adapter.alpha < float("inf"), "adapter.alpha", "above 0", adapter.alpha)
     _need(0 <= adapter.dropout < 1, "adapter.dropout", "in [0, 1)", adapter.dropout)
     folder = config.training.get("output_dir", "")
     _need(isinstance(folder, str), "training.output_dir", "text", folder)
+    _need("output_dir" not in config.training or bool(folder.strip()), "training.output_dir", "a folder's name", folder)
+    for key in ("output_dir", "resume_from_checkpoint"):
+        path = config.training.get(key)
+        _need(not isinstance(path, str) or _can_be_path(path), f"training.{key}", "a path that can exist", path)
     ratio = config.schedule.ratio
     _need(0 < ratio < float("inf"), "schedule.ratio", "above 0 (mode: task_only for none)", ratio)
+    _need(1e-6 <= ratio <= 1e6, "schedule.ratio", "from 0.000001 to 1,000,000", ratio)
     for name, section in (("task", config.task), ("alignment", config.alignment)):
         _need(section.max_length >= 4, f"{name}.max_length", "at least 4", section.max_length)
+        most = MOST["tokens"]
+        _need(section.max_length <= most, f"{name}.max_length", f"at most {most:,}", section.max_length)
         _need(0 <= section.eval_share < 1, f"{name}.eval_share", "in [0, 1)", section.eval_share)
         heat = section.language_temperature
         _need(heat == "uniform" or float(heat) > 0, f"{name}.language_temperature", "above 0 or 'uniform'", heat)
@@ -94,6 +107,32 @@ def validate(config: Config) -> None:
         raise ConfigError(
             f"streams: {', '.join(config.streams)}: this version has the two built-in streams only; "
             "configure them under task: and alignment:"
+        )
+
+
+def _can_be_path(text: str) -> bool:
+    """Whether the file system takes such a name at all."""
+    try:
+        os.stat(text)
+    except FileNotFoundError:
+        return True
+    except (ValueError, OSError) as error:  # a NUL; a name too long
+        return getattr(error, "errno", None) not in (None, errno.ENAMETOOLONG)
+    return True
+
+
+def refuse_secrets(value: Any, where: str) -> None:
+    """ConfigError where a text of the configuration, which is written to files, holds an access token or a password."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            refuse_secrets(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            refuse_secrets(item, where)
+    elif isinstance(value, str) and mask_secrets(value) != value:
+        raise ConfigError(
+            f"{where}: {value!r} holds an access token or a password, and the configuration is written to the results; "
+            "give it through the environment variable HF_TOKEN, or run: hf auth login"
         )
 
 
@@ -117,6 +156,7 @@ def _validate_alignment(alignment: AlignmentConfig) -> None:
     _need(0 < heat < float("inf"), "alignment.temperature", "above 0 (0.1 is usual)", heat)
     rule = "at least 2, because the other pairs of the batch are the negatives"
     _need(size >= 2, "alignment.batch_size", rule, size)
+    _need(size <= MOST["pairs"], "alignment.batch_size", f"at most {MOST['pairs']:,}", size)
     rule = "from 1 to alignment.batch_size, or null"
     _need(micro is None or 1 <= micro <= size, "alignment.micro_batch_size", rule, micro)
     _need(0 <= alignment.weight < float("inf"), "alignment.weight", "0 or more", alignment.weight)

@@ -12,6 +12,7 @@ import yaml
 
 from fastalign.errors import ConfigError
 
+MOST_VALUES = 100_000
 _FLOAT = re.compile(r"^[-+]?(?:[0-9]+|[0-9]*\.[0-9]+|[0-9]+\.)[eE][-+]?[0-9]+$")
 
 
@@ -47,12 +48,33 @@ for _class in (_Loader, _Dumper):
 def load_yaml(text: str) -> Any:
     """The value of a YAML text. Raises ValueError with a reason that says the line."""
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds nothing but plain values
+        loader = _Loader(text)  # a SafeLoader: builds nothing but plain values
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _refuse_bomb(node)
+        return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise ValueError(f"line {mark.line + 1}: {error.problem}" if mark else str(error)) from None
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from None
+
+
+def _refuse_bomb(root: yaml.Node) -> None:
+    """YAMLError where anchors that hold anchors stand for more values than any configuration has, or for themselves."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = MOST_VALUES  # met again while it is counted, it holds itself
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            parts = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
+            sizes[id(node)] = min(MOST_VALUES, 1 + sum(map(size, parts)))
+        return sizes[id(node)]
+
+    if size(root) >= MOST_VALUES:
+        raise yaml.YAMLError(f"its anchors stand for more than {MOST_VALUES:,} values, or for themselves")
 
 
 def dump_yaml(value: Any) -> str:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fastalign.config.hub import asking_hub
 from fastalign.data.tally import Tally
 from fastalign.data.text import quoted, shown
 from fastalign.errors import DataError
@@ -135,7 +136,7 @@ def _read_jsonl(path: str) -> Source:
             if SURROGATE.search(line):
                 json.dumps(row, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
-            cut = "; it is the last line: is the file cut off?" if number > 1 and _at_end(lines) else ""
+            cut = "; it is the last line: is the file cut off?" if _ends_early(line, error) and _at_end(lines) else ""
             raise DataError(f"{name}, line {number}: {_why_not_json(line, error)}{cut}") from None
         if not isinstance(row, dict):
             what = "an array; write its items on lines of their own" if isinstance(row, list) else quoted(row)
@@ -143,6 +144,12 @@ def _read_jsonl(path: str) -> Source:
         rows.append(row)
         numbers.append(number)
     return Source(name, rows, lambda i: f"{name}, line {numbers[i]}")
+
+
+def _ends_early(line: str, error: Exception) -> bool:
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.msg.startswith("Unterminated") or error.pos >= len(line.rstrip())
 
 
 def _at_end(lines: Iterator[str]) -> bool:
@@ -217,7 +224,7 @@ def _read_parquet(path: str) -> Source:
             for table in stream.with_format("arrow").iter(batch_size=10_000):
                 rows += table.to_pylist()
     except Exception as error:  # of pyarrow, datasets and fsspec, whose errors share no base class
-        why = shown(str(error) or type(error).__name__, 160)
+        why = shown(" ".join(str(error).split()) or type(error).__name__, 160)
         raise DataError(f"{name} cannot be read as parquet, perhaps damaged or cut off ({why})") from None
     return Source(name, rows, lambda i: f"{name}, row {i + 1}")
 
@@ -226,7 +233,7 @@ def _read_hub(name: str, key: str) -> Source:
     import datasets
 
     try:
-        with _quiet():
+        with _quiet(), asking_hub():
             rows = datasets.load_dataset(name, split="train")
     except Exception as error:  # the hub's own errors share no base class
         raise DataError(

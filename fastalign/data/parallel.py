@@ -118,7 +118,7 @@ class _PairReader:
         self._check_languages()
         total = len(self.sentences) + self.empty
         if 2 * self.empty > total:
-            places = listed_places(self.empty_places, self.empty)
+            places = listed_places(self.empty_places)
             raise DataError(
                 f"{self.key}: {self.empty:,} of {total:,} pairs have an empty side ({places}); fill them in, remove "
                 "them, or leave out the key of a language that has no translation"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 PLACES = 3  # named in a line
@@ -29,7 +30,7 @@ class Tally:
         entry = (key, reason)
         self._counts[entry] = self._counts.get(entry, 0) + count
         places = self._places.setdefault(entry, [])
-        if where and len(places) < PLACES:
+        if where and len(places) <= PLACES and where not in places:
             places.append(where)
 
     def out_of(self, key: str, reason: str, total: int) -> None:
@@ -57,18 +58,18 @@ class Tally:
 
     def _line(self, entry: tuple[str, str]) -> str:
         key, reason = entry
-        count, places = self._counts[entry], self._places[entry]
+        places = listed_places(self._places[entry])
         of = f" of {self._totals[entry]:,}" if entry in self._totals else ""
-        listed = f" ({listed_places(places, count)})" if places else ""
-        return f"{key}: {count:,}{of} {reason}{listed}"
+        return f"{key}: {self._counts[entry]:,}{of} {reason}" + (f" ({places})" if places else "")
 
 
-def listed_places(places: list[str], count: int) -> str:
-    """``a.jsonl, line 3; line 9; ...``: the first of `count` places, a file named once for those that follow."""
+def listed_places(places: Iterable[str]) -> str:
+    """``a.jsonl, line 3; line 9; ...``: the first of the places, a file named once for those that follow."""
+    different = [*dict.fromkeys(places)]
     words: list[str] = []
     file = ""
-    for place in places[:PLACES]:
+    for place in different[:PLACES]:
         name, _, line = place.rpartition(", ")
         words.append(line if name and name == file else place)
         file = name
-    return "; ".join([*words, *(["..."] if count > len(words) else [])])
+    return "; ".join([*words, *(["..."] if len(different) > PLACES else [])])

@@ -35,6 +35,8 @@ from fastalign.errors import ConfigError, DataError
 Message = dict[str, str]
 FIELD = re.compile(r"\{(\w+)\}")
 OTHER_LANGUAGES = "rows left out: task.languages does not name their language"
+MOST_MESSAGES = 1_000  # the chat template is applied at every turn, so the time grows with the square
+MOST_TYPES = 1_000  # that a prompt lists, and every prompt does
 TAG = re.compile(r"O|[BI]-.+")
 NO_SPACES = {  # languages written without spaces between words, also by their codes of three letters
     *(
@@ -131,7 +133,7 @@ class TaskReader:
             sources = read_sources(spec, key, self.tally)
             tags = {tag for source in sources for tag in _checked_tags(source, self.template)}
             if self.types is None:
-                self.types = sorted({tag[2:] for tag in tags if tag != "O"})
+                self.types = self._listed_types({tag[2:] for tag in tags if tag != "O"}, key)
             examples = [
                 _example(self.template, row, self.types, source.where(i))
                 for source in sources
@@ -146,6 +148,15 @@ class TaskReader:
                     f"task.languages: {quoted(language)} is not in {key}; there: {listed(sorted(found), 20)}"
                 )
         return self._of_languages(self.config.languages, examples, key)
+
+    def _listed_types(self, types: set[str], key: str) -> list[str]:
+        texts = (self.template.system, self.template.prompt, self.template.response)
+        if len(types) > MOST_TYPES and any("{types}" in text for text in texts):
+            raise DataError(
+                f"{key}: {len(types):,} types of labels are too many to list in every prompt (at most {MOST_TYPES:,}); "
+                "correct the tags, or set task.system without {types}"
+            )
+        return sorted(types)
 
     def _of_languages(self, wanted: Sequence[str], examples: list[TaskExample], key: str) -> list[TaskExample]:
         if self.tally is not None:
@@ -312,6 +323,8 @@ def _conversation(row: Row, where: str) -> tuple[list[Message], bool]:
 def _messages(messages: object, where: str) -> list[Message]:
     if not isinstance(messages, list):
         raise DataError(f"{where}: messages must be a list, not {quoted(messages)}")
+    if len(messages) > MOST_MESSAGES:
+        raise DataError(f"{where}: {len(messages):,} messages, more than {MOST_MESSAGES:,}; cut the conversation up")
     for message in messages:
         good = isinstance(message, dict) and isinstance(message.get("role"), str)
         if not good or not isinstance(message.get("content"), str):

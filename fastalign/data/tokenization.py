@@ -128,7 +128,7 @@ class PromptTokenizer:
         if tally is not None:
             tally.out_of(key, reason, len(examples))
         if too_long:
-            places = listed_places([where for _, where in too_long], len(too_long))
+            places = listed_places(where for _, where in too_long)
             raise DataError(
                 f"{key}: {len(too_long):,} of {len(examples):,} rows have a prompt that leaves no room for an answer "
                 f"in the model's context of {context:,} tokens ({places}); the longest has {max(too_long)[0]:,}; "

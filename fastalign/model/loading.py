@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from fastalign.config import AdapterConfig, ModelConfig
+from fastalign.config.hub import asking_hub, may_ask_hub, offline
 from fastalign.errors import ConfigError, FastalignError, ModelError
+from fastalign.model.soundness import refuse_incomplete, refuse_non_finite, refuse_pickled, refuse_unknown_tokens
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -18,6 +21,13 @@ if TYPE_CHECKING:
 
 
 CPU = torch.device("cpu")
+# What is fetched from a hub, by what it is for. No pickles, and none of the copies that some repositories hold.
+FILES = {
+    "config": ["config.json"],
+    "tokenizer": ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"],
+    "model": ["*.json", "*.safetensors"],
+}
+COPIES = ["*/*.safetensors", "consolidated*", "*.index.json.*"]
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -36,16 +46,19 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padding on the right; one without a padding token pads with its EOS.
 
     Raises:
-        ConfigError: no model is named. ModelError: it cannot be reached, or holds no tokenizer.
+        ConfigError: no model is named, or it is not a decoder. ModelError: it cannot be reached, holds no tokenizer,
+            or one of another model.
     """
     from transformers import AutoTokenizer
 
-    with _reaching(config, "tokenizer"):
+    rows = _embedding_rows(load_model_config(config))
+    with _reaching(config, "tokenizer"), _access(config, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(config.name_or_path, **_origin(config))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
     if tokenizer.pad_token_id is None:
         raise ModelError(f"the tokenizer of {config.name_or_path!r} has no token that could serve as padding")
+    refuse_unknown_tokens(config.name_or_path, tokenizer, rows)
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -58,7 +71,7 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
-    with _reaching(config, "model"):
+    with _reaching(config, "config"), _access(config, "config"):
         hf_config = AutoConfig.from_pretrained(config.name_or_path, **_origin(config))
     _refuse_other_than_decoder(config, hf_config)
     return hf_config
@@ -72,7 +85,8 @@ def load_model(config: ModelConfig, device: torch.device = CPU) -> PreTrainedMod
         device: where it will be used; a 4-bit base is put there at once, others stay on the CPU.
 
     Raises:
-        ConfigError: no model is named, or it is not a decoder. ModelError: it cannot be reached or read.
+        ConfigError: no model is named, or it is not a decoder. ModelError: it cannot be reached or read, its weights
+            are a pickle, or some of them are missing or not finite.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -80,7 +94,9 @@ def load_model(config: ModelConfig, device: torch.device = CPU) -> PreTrainedMod
     load_model_config(config)
     if not sys.stderr.isatty():
         disable_progress_bar()
-    with _reaching(config, "model"):
+    if Path(config.name_or_path).is_dir():
+        refuse_pickled(config.name_or_path, Path(config.name_or_path))
+    with _reaching(config, "model"), _access(config, "model"):
         options: dict[str, Any] = {"dtype": compute_dtype(config, device), **_origin(config)}
         if config.attn_implementation != "auto":
             options["attn_implementation"] = config.attn_implementation
@@ -88,7 +104,16 @@ def load_model(config: ModelConfig, device: torch.device = CPU) -> PreTrainedMod
             options["quantization_config"] = _nf4(compute_dtype(config, device))
             if device.type == "cuda":
                 options["device_map"] = {"": device}
-        model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config.name_or_path,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **options,
+        )
+        model, report = loaded
+    refuse_incomplete(config.name_or_path, report)
+    refuse_non_finite(config.name_or_path, model)
     for module in model.modules():
         # On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weight at its first use in evaluation mode, and
         # the product with a repacked weight has no gradient: training after an evaluation would lack it, silently.
@@ -120,6 +145,32 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
 
 def _origin(config: ModelConfig) -> dict[str, Any]:
     return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+
+
+@contextlib.contextmanager
+def _access(config: ModelConfig, what: str) -> Iterator[None]:
+    """Fetches a hub's files first, then is offline: what is loaded cannot ask for anything else.
+
+    Code that comes with a model, and an attention kernel with the name of a repository, were asked for, and may fetch.
+    """
+    name = config.name_or_path
+    if Path(name).is_dir() or not may_ask_hub():
+        with offline():
+            yield
+    elif config.trust_remote_code or "/" in config.attn_implementation:
+        with asking_hub():
+            yield
+    else:
+        from huggingface_hub import snapshot_download
+
+        with asking_hub():
+            snapshot_download(name, revision=config.revision, allow_patterns=FILES[what], ignore_patterns=COPIES)
+        with offline():
+            yield
+
+
+def _embedding_rows(hf_config: PretrainedConfig) -> int:
+    return int(hf_config.get_text_config().vocab_size)
 
 
 def _nf4(dtype: torch.dtype) -> Any:
@@ -155,18 +206,25 @@ class _reaching:
     """Turns what goes wrong while a model is reached or read into one line."""
 
     def __init__(self, config: ModelConfig, what: str):
-        self.name, self.what = config.name_or_path, what
-        if not self.name:
+        self.name, self.what, self.config = config.name_or_path, what, config
+        if not self.name.strip():
             raise ConfigError("model.name_or_path is missing; give a folder or a hub id")
+        if config.revision is not None and Path(self.name).is_dir():
+            raise ConfigError(
+                f"model.revision: {config.revision!r} was given, but {self.name!r} is a folder, and only models of a "
+                "hub have revisions; leave it out"
+            )
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        expected = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
-        if not isinstance(error, expected) or isinstance(error, (torch.OutOfMemoryError, FastalignError)):
+        # A damaged file makes the libraries raise anything at all.
+        passes = (FastalignError, MemoryError, torch.OutOfMemoryError)
+        if not isinstance(error, Exception) or isinstance(error, passes) or "allocate memory" in str(error):
             return
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}"
+        self._known(error, str(error))
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if Path(self.name).is_dir():
             raise ModelError(
                 f"model.name_or_path: the folder {self.name!r} holds no usable {self.what}: {reason}"
@@ -177,3 +235,20 @@ class _reaching:
             f"model.name_or_path: {self.name!r} is neither a folder here nor a model that the hub gave; "
             f"check the name, the connection, and access rights if the model is gated ({reason})"
         ) from error
+
+    def _known(self, error: BaseException, text: str) -> None:
+        """The mistakes that have a key of their own."""
+        if "trust_remote_code" in text:
+            raise ModelError(
+                f"model.name_or_path: {self.name!r} comes with Python code of its own, which is not run unless you "
+                "trust it: read it, then set model.trust_remote_code: true"
+            ) from error
+        attention = self.config.attn_implementation
+        signs = [attention, "flash", *(["kernel"] if "/" in attention else [])]
+        if attention != "auto" and any(sign.lower() in text.lower() for sign in signs):
+            raise ModelError(
+                f"model.attn_implementation: {attention!r} is not known or not installed here, or this model does not "
+                "have it; auto, sdpa and eager need nothing"
+            ) from error
+        if self.config.revision is not None and type(error).__name__ == "RevisionNotFoundError":
+            raise ModelError(f"model.revision: {self.config.revision!r} is not there in {self.name!r}") from error

@@ -75,6 +75,8 @@ class AlignmentStream(Stream):
         """Where one forward does not hold all pairs: what every pair's vectors owe to all the others."""
         if len(micro_batches) > 1:
             self._cache.fill(model, micro_batches)
+        else:
+            self._cache.clear()
 
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         if micro_batch in self._cache:

@@ -38,9 +38,13 @@ class GradientCache:
         self._embed, self._objective = embed, objective
         self._cached: dict[int, tuple[_RandomState, torch.Tensor, torch.Tensor]] = {}
 
+    def clear(self) -> None:
+        """Forget what a step that was broken off has left."""
+        self._cached = {}
+
     def fill(self, model: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
         """Steps 1 and 2, for all micro-batches of the optimizer step."""
-        self._cached = {}
+        self.clear()
         states, vectors = [], []
         with torch.no_grad():
             for micro_batch in micro_batches:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import math
 import os
 import sys
+import types
+import typing
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastalign.config import TRAINING_DEFAULTS, Config, nearest
+from fastalign.config.checks import type_name
 from fastalign.errors import ConfigError
 from fastalign.model.loading import has_bf16
 
@@ -17,12 +22,16 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-# TrainingArguments itself takes anything here, and fails in the midst of the run.
-COUNTS = {"per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"}
-NUMBERS = {
-    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs",
-    "warmup_steps", "logging_steps", "eval_steps", "save_steps",
-}  # fmt: skip
+# (least, most): TrainingArguments itself takes anything, and fails in the midst of the run.
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(COUNTS, (1, 2**20)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), (0, math.inf)),
+    **dict.fromkeys(("save_total_limit", "eval_accumulation_steps", "ddp_bucket_cap_mb", "ddp_timeout"), (1, 2**31)),
+    "neftune_noise_alpha": (0, 1e6),
+    "seed": (0, 2**32 - 1),
+}
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
 # These act in parts of the Trainer that streams replace.
 UNUSED = {
     "label_smoothing_factor": "the task's loss is plain cross-entropy",
@@ -50,6 +59,7 @@ def effective_training(config: Config, can_evaluate: bool) -> dict[str, Any]:
     """
     from transformers import TrainingArguments
 
+    hints = typing.get_type_hints(TrainingArguments)
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     user = {key: value for key, value in config.training.items() if key != "resume_from_checkpoint"}
     for key in user:
@@ -57,31 +67,74 @@ def effective_training(config: Config, can_evaluate: bool) -> dict[str, Any]:
             raise ConfigError(
                 f"unknown key training.{key}{nearest(key, known)}; the keys are those of transformers.TrainingArguments"
             )
+    _check(user, hints)
     values: dict[str, Any] = {**TRAINING_DEFAULTS, **hardware_defaults(user), **user}
     if not can_evaluate:
         for key in ("eval_strategy", "load_best_model_at_end", "eval_on_start"):
             if user.get(key) not in (None, False, "no"):
                 raise ConfigError(f"training.{key}: nothing is held out; give eval_data, or an eval_share above 0")
         values["eval_strategy"] = "no"
-    _check(user)
     return values
 
 
-def _check(user: dict[str, Any]) -> None:
+def _check(user: dict[str, Any], hints: dict[str, Any]) -> None:
     for key in UNUSED.keys() & user.keys():
         if user[key]:
             raise ConfigError(f"training.{key} has no effect here: {UNUSED[key]}")
-    for key in sorted(user.keys() & (COUNTS | NUMBERS | {"seed", "max_steps"})):
-        value, whole = user[key], key not in NUMBERS
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-            raise ConfigError(f"training.{key} must be {'an integer' if whole else 'a number'}, not {value!r}")
-        least = 1 if key in COUNTS else 0 if key == "seed" else None
-        if least is not None and value < least:
-            raise ConfigError(f"training.{key} must be at least {least}, not {value}")
+    if user.get("hub_token") is not None:
+        raise ConfigError(
+            "training.hub_token would be written to config.yaml and to every checkpoint; leave it out, and set the "
+            "environment variable HF_TOKEN or run: hf auth login"
+        )
+    for key, value in sorted(user.items()):
+        if not _fits(hints[key], value):
+            raise ConfigError(f"training.{key} must be {_words(hints[key])}, not {value!r}")
+        if isinstance(value, (int, float)) and not abs(value) < (math.inf if isinstance(value, float) else 2**53):
+            raise ConfigError(f"training.{key} must be a number that is not that large, not {value!r}")
+        least, most = RANGES.get(key, (-math.inf, math.inf))
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            rule = f"at least {least}" if value < least else f"at most {most}"
+            raise ConfigError(f"training.{key} must be {rule}, not {value}")
+    if user.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
+        raise ConfigError("training.use_liger_kernel: liger-kernel is not installed; pip install liger-kernel")
+    for key in ("log_level", "log_level_replica"):
+        if user.get(key) is not None and user[key] not in LOG_LEVELS:
+            raise ConfigError(f"training.{key} must be {' or '.join(LOG_LEVELS)}, not {user[key]!r}")
     if user.get("max_steps") == 0:
         raise ConfigError("training.max_steps must be above 0, or left out to train for num_train_epochs")
     if user.get("num_train_epochs", 1) <= 0 and user.get("max_steps", -1) <= 0:
         raise ConfigError("training.num_train_epochs must be above 0")
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value is of an annotated type: an integer is also a number, true and false are neither."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(option, value) for option in arguments)
+    if origin is typing.Literal:
+        return any(value is option for option in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(arguments[0], item) for item in value)
+    if origin is dict or hint is dict:
+        return isinstance(value, dict) and all(
+            _fits(arguments[1], item) for item in (value.values() if arguments else ())
+        )
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _words(hint: Any) -> str:
+    """An annotation in words; the classes of the libraries are left out, since YAML cannot hold them."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    plain = [option for option in options if typing.get_origin(option) or option.__module__ == "builtins"]
+    names = {dict: "keys and values", Any: "anything"}
+    return " or ".join(
+        "keys and values" if typing.get_origin(option) is dict else names.get(option) or type_name(option)
+        for option in plain or options
+    )
 
 
 def training_arguments(values: dict[str, Any]) -> TrainingArguments:
@@ -90,8 +143,9 @@ def training_arguments(values: dict[str, Any]) -> TrainingArguments:
 
     try:
         arguments = TrainingArguments(**values)
-    except (ValueError, TypeError, KeyError, ImportError, OSError, RuntimeError) as error:
-        raise ConfigError(f"training: {error}") from None
+    except Exception as error:  # its checks raise anything at all
+        choice = [key for key, value in values.items() if f"{error}".startswith(f"{value} is not a valid")]
+        raise ConfigError(f"training{''.join(f'.{key}' for key in choice[:1])}: {error}") from None
     arguments.remove_unused_columns = False
     return arguments
 

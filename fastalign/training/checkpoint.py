@@ -1,15 +1,54 @@
-"""Checkpoints: finding the last whole one."""
+"""Checkpoints that are whole or not there, whatever kills the process that writes them.
+
+A checkpoint is written into a folder of a hidden name, flushed to the disk, and only then renamed to ``checkpoint-N``.
+One that is deleted is renamed first. So whoever finds a ``checkpoint-N`` finds all of it. The results of a finished
+run are written aside and moved in the same way, file by file, summary.json last.
+"""
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fastalign.config import Config
+from fastalign.errors import ConfigError, FastalignError, RunError
+from fastalign.training.memory import gigabytes
+
+SAVING = ".saving"  # what is being written
+DOOMED = ".deleting-"  # begins the name of what is being deleted
+REPLACED = ".replaced-"  # and of what is there until its replacement is
+NAME = re.compile(r"checkpoint-(\d+)")
+STATE, WEIGHTS = "trainer_state.json", "adapter_model.safetensors"
+# What torch's and safetensors' writers say when a disk is full; their errors carry no number.
+DISK_SIGNS = ("pytorchstreamwriter", "unexpected pos", "file write failed", "iostream error", "no space left")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All folders ``checkpoint-N``, the highest N first."""
+    found = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """N of ``checkpoint-N``."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def last_checkpoint(folder: Path, below: int | None = None) -> Path | None:
     """The newest whole checkpoint in an output folder, of a step below `below` where that is given."""
-    found = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*") if path.is_dir()}
-    steps = [step for step in found if below is None or step < below]
-    return found[max(steps)] if steps else None
+    steps = (path for path in checkpoints(folder) if below is None or step_of(path) < below)
+    return next((path for path in steps if why_not_whole(path) is None), None)
 
 
 def how_to_continue(folder: Path) -> str:
@@ -18,3 +57,204 @@ def how_to_continue(folder: Path) -> str:
     if last is None:
         return "there is no checkpoint yet"
     return f"the last checkpoint is {last}; continue with training.resume_from_checkpoint=true"
+
+
+def why_not_whole(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks to be continued from, or None. Every file is read through once."""
+    try:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+            return f"{STATE} is not that of a run"
+        if not (checkpoint / WEIGHTS).exists() and any(checkpoint.glob("adapter_model.*")):
+            return "its weights are not safetensors, and others could run code"
+        with safe_open(checkpoint / WEIGHTS, framework="pt") as weights:
+            weights.keys()
+        json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+        pickled = [*checkpoint.rglob("*.pt"), *checkpoint.rglob("*.pth")]
+        for path in pickled:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    return f"{path.name} is damaged"
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+        return f"it is damaged or cut off ({str(error)[:150]})"
+    names = {path.name for path in pickled}
+    if not any(name.startswith("rng_state") for name in names):
+        return "it has no random state"
+    if not (checkpoint / "latest").exists() and not {"optimizer.pt", "scheduler.pt"} <= names:
+        return "it has no optimizer and scheduler, so the run cannot go on exactly (training.save_only_model)"
+    return None
+
+
+def checkpoint_to_resume(config: Config) -> Path | None:
+    """The checkpoint that ``training.resume_from_checkpoint`` asks for, whole.
+
+    Raises:
+        ConfigError: it names a folder that is no whole checkpoint; or asks for the last, and none of them is whole.
+    """
+    wanted = config.training.get("resume_from_checkpoint")
+    if wanted in (None, False):
+        return None
+    if wanted is True:
+        restore(config.output_dir)
+        found = checkpoints(config.output_dir)
+        for path in found:
+            why = why_not_whole(path)
+            if why is None:
+                return path
+            _say(f"{path} is left out: {why}")
+        if found:
+            raise ConfigError(
+                f"training.resume_from_checkpoint: no checkpoint in {str(config.output_dir)!r} is whole; remove them "
+                "to start over"
+            )
+        _say(f"no checkpoint in {config.output_dir}: starting from the beginning")
+        return None
+    if not isinstance(wanted, str) or "\0" in wanted or not (Path(wanted) / STATE).is_file():
+        raise ConfigError(f"training.resume_from_checkpoint: {wanted!r} is not a checkpoint folder, true or false")
+    why = why_not_whole(Path(wanted))
+    if why is not None:
+        others = [path for path in checkpoints(Path(wanted).parent) if path != Path(wanted)]
+        other = next((path for path in others if why_not_whole(path) is None), None)
+        hint = f"; {other} is whole" if other else ""
+        raise ConfigError(f"training.resume_from_checkpoint: {wanted!r} cannot be used: {why}{hint}")
+    return Path(wanted)
+
+
+def restore(folder: Path) -> None:
+    """Undo what a killed process has left half done: what it wrote or deleted goes, what it replaced comes back."""
+    if not folder.is_dir() or not _first():
+        return
+    for path in folder.glob(f"{REPLACED}*"):
+        original = folder / path.name.removeprefix(REPLACED)
+        if not original.exists():
+            path.rename(original)
+    for path in [folder / SAVING, *folder.glob(f"{DOOMED}*"), *folder.glob(f"{REPLACED}*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def staged(folder: Path, name: str) -> Iterator[Path]:
+    """A folder to write ``folder/name`` under; it is moved to its place when all ranks leave the `with`.
+
+    Raises:
+        RunError: the disk is full, or something else forbids to write; what was written is removed.
+    """
+    staging = folder / SAVING
+    with disk_errors(folder):
+        try:
+            staging.mkdir(parents=True, exist_ok=True)
+            yield staging
+            _barrier()
+            if _first():
+                _flush(staging / name)
+                _move(staging / name, folder / name)
+                shutil.rmtree(staging)
+            _barrier()
+        except Exception:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+def rotate(folder: Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`, but not the newest and not the best; as transformers does."""
+    if not limit or limit < 0 or not _first():
+        return
+    found = sorted(checkpoints(folder), key=lambda path: (path.stat().st_mtime, step_of(path)))
+    kept = {found[-1], *(path for path in found if best and path.name == Path(best).name)}
+    for path in [path for path in found if path not in kept][: max(0, len(found) - max(limit, len(kept)))]:
+        doomed = folder / f"{DOOMED}{path.name}"
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def save_final(save_model: Callable[[str], None], folder: Path) -> None:
+    """Write the adapter and its tokenizer into the output folder, each file whole; called on all ranks."""
+    staging = folder / SAVING / "final"
+    save_model(str(staging))
+    _barrier()
+    if _first():
+        _flush(staging)
+        for path in sorted(staging.iterdir()):
+            target = folder / path.name
+            if path.name == "README.md" and target.exists():
+                continue  # a model card, perhaps one that was written by hand
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+        shutil.rmtree(folder / SAVING)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of UTF-8 that is old or new, never half of it."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turns a disk that is full, or gone, into a RunError with the last checkpoint."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _is_disk_error(error):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        free = gigabytes(shutil.disk_usage(folder).free)
+        raise RunError(
+            f"cannot write to {str(folder)!r}: {reason[:150]} ({free} free there); make room; {how_to_continue(folder)}"
+        ) from error
+
+
+def _is_disk_error(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+    if isinstance(error, FastalignError):
+        return False
+    return isinstance(error, SafetensorError) or any(sign in str(error).lower() for sign in DISK_SIGNS)
+
+
+def _move(source: Path, target: Path) -> None:
+    replaced = target.with_name(f"{REPLACED}{target.name}")
+    if target.exists():
+        target.rename(replaced)
+    source.rename(target)
+    _flush_folder(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Wait until the files of a folder are on the disk: a rename must not be there before them."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir():
+            _flush_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":  # there a folder cannot be opened
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _barrier() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(line: str) -> None:
+    if _first():
+        print(line, file=sys.stderr)

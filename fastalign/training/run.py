@@ -7,13 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, set_seed
 
-from fastalign.config import Config, save_config
+from fastalign.config import Config, config_text
+from fastalign.config.hub import offline_run
 from fastalign.data.parallel import Pair
 from fastalign.data.tokenization import SentenceTokenizer
 from fastalign.errors import ConfigError, FastalignError, RunError
@@ -23,18 +23,23 @@ from fastalign.model.loading import add_adapter, load_model, load_model_config, 
 from fastalign.probing.retrieval import choose_pairs, retrieval
 from fastalign.streams.base import rank_and_world_size
 from fastalign.training.arguments import effective_training, training_arguments
+from fastalign.training.checkpoint import checkpoint_to_resume, disk_errors, save_final, write_text
 from fastalign.training.inputs import Inputs, build_streams, read_inputs, sentence_tokenizer
 from fastalign.training.interrupt import SaveOnInterrupt
 from fastalign.training.memory import first_line, free_bytes, gigabytes, is_out_of_memory
-from fastalign.training.output import checkpoint_to_resume, clear, require_free_folder
+from fastalign.training.output import clear, locked, require_free_folder
 from fastalign.training.plan import plan, plan_lines, total_steps
 from fastalign.training.record import device_name, kernels, versions
+from fastalign.training.resume import require_same_run, run_record
 from fastalign.training.schedule import Schedule
 from fastalign.training.trainer import AlignTrainer
 
 Probe = Callable[[Any], dict[str, Any]]
+# What the Trainer raises for a setting that it cannot work with.
+REFUSALS = (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
+@offline_run
 def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train an adapter and write it, ``config.yaml`` and ``summary.json`` to the configured output folder.
 
@@ -53,70 +58,82 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
     started = time.perf_counter()
     schedule = Schedule(config.schedule.mode, config.schedule.ratio)
     _require_data(config, schedule)
-    checkpoint = checkpoint_to_resume(config)
-    resumes = checkpoint is not None and Path(checkpoint).resolve().parent == config.output_dir.resolve()
-    require_free_folder(config.output_dir, overwrite or resumes)
-    text_config = load_model_config(config.model).get_text_config()
-    layers = _layers(config, text_config.num_hidden_layers)
-    tokenizer = load_tokenizer(config.model)
-    inputs = read_inputs(config)
-    config = replace(config, training=effective_training(config, inputs.can_evaluate))
-    args = training_arguments(config.training)
-    if config.alignment.negatives == "world" and args.world_size > 1:
-        raise ConfigError("alignment.negatives: world is not supported on several ranks yet; use rank")
-    sentences = sentence_tokenizer(config, inputs, tokenizer, text_config)
-    streams = build_streams(config, inputs, tokenizer, sentences, text_config, layers, args)
-    steps = total_steps(schedule, streams, args)
+    with locked(config.output_dir) as lock:
+        checkpoint = checkpoint_to_resume(config)
+        resumes = checkpoint is not None and checkpoint.resolve().parent == config.output_dir.resolve()
+        require_free_folder(config.output_dir, overwrite or resumes, config.model.name_or_path)
+        text_config = load_model_config(config.model).get_text_config()
+        layers = _layers(config, text_config.num_hidden_layers)
+        tokenizer = load_tokenizer(config.model)
+        inputs = read_inputs(config)
+        config = replace(config, training=effective_training(config, inputs.can_evaluate))
+        args = training_arguments(config.training)
+        if config.alignment.negatives == "world" and args.world_size > 1:
+            raise ConfigError("alignment.negatives: world is not supported on several ranks yet; use rank")
+        sentences = sentence_tokenizer(config, inputs, tokenizer, text_config)
+        streams = build_streams(config, inputs, tokenizer, sentences, text_config, layers, args)
+        steps = total_steps(schedule, streams, args)
+        record = run_record(config, inputs.tally.as_dict()["files"], args.world_size)
+        changes = require_same_run(checkpoint, record) if checkpoint else []
 
-    set_seed(args.seed)
-    model = _load(config, args.device)
-    probe = _probe(sentences, inputs.pairs[1], layers[-1], config.alignment.eval_pairs) if inputs.pairs else None
-    interrupt = SaveOnInterrupt()
-    try:
-        trainer = AlignTrainer(
+        set_seed(args.seed)
+        model = _load(config, args.device)
+        probe = _probe(sentences, inputs.pairs[1], layers[-1], config.alignment.eval_pairs) if inputs.pairs else None
+        interrupt = SaveOnInterrupt()
+        trainer = _trainer(
             model,
             args,
             streams=streams,
             schedule=schedule,
             retrieval=probe,
+            record=record,
             processing_class=tokenizer,
             callbacks=[interrupt, *callbacks],
         )
+        _try_early_exit(model, layers)
+        planned = plan(schedule, streams, steps, args.world_size)
+        _say([*_unused_gpus(args), *changes, *inputs.tally.lines(), *plan_lines(planned, streams)])
+        with disk_errors(config.output_dir):
+            config.output_dir.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            if rank_and_world_size()[0] == 0:
+                clear(config.output_dir, keep_checkpoints=resumes)
+                write_text(config.output_dir / "config.yaml", config_text(config))
+            if probe is not None and checkpoint is None:
+                trainer.add_callback(_MeasureBefore(trainer, probe))
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            finally:
+                interrupt.release()
+            save_final(trainer.save_model, config.output_dir)
+            summary: dict[str, Any] = {
+                "output_dir": str(config.output_dir),
+                "interrupted": interrupt.interrupted,
+                "steps": trainer.state.global_step,
+                "seconds": time.perf_counter() - started,
+                **_peak_memory(args.device),
+                "layer": layers[0] if len(layers) == 1 else layers,
+                "streams": trainer.meter.summary(),
+                **_results(trainer, probe),
+                **_record(config, trainer, inputs, planned),
+            }
+            if rank_and_world_size()[0] == 0:
+                write_text(config.output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _trainer(model: torch.nn.Module, args: Any, **kwargs: Any) -> AlignTrainer:
+    """The trainer, tried out: ConfigError where a reporter or an optimizer is not installed, and such."""
+    try:
+        trainer = AlignTrainer(model, args, **kwargs)
         if not args.deepspeed:
             trainer.create_optimizer_and_scheduler(args.max_steps)
             trainer.optimizer = trainer.lr_scheduler = None
-    except (ImportError, RuntimeError, ValueError) as error:  # a reporter or optimizer that is not installed, and such
+    except (ImportError, RuntimeError, ValueError) as error:
         if isinstance(error, FastalignError) or is_out_of_memory(error):
             raise
         raise ConfigError(f"training: {error}") from error
-    _try_early_exit(model, layers)
-    planned = plan(schedule, streams, steps, args.world_size)
-    _say([*_unused_gpus(args), *inputs.tally.lines(), *plan_lines(planned, streams)])
-    if rank_and_world_size()[0] == 0:
-        clear(config.output_dir, keep_checkpoints=resumes)
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, config.output_dir / "config.yaml")
-    if probe is not None and checkpoint is None:
-        trainer.add_callback(_MeasureBefore(trainer, probe))
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        interrupt.release()
-    trainer.save_model(str(config.output_dir))
-    summary: dict[str, Any] = {
-        "output_dir": str(config.output_dir),
-        "interrupted": interrupt.interrupted,
-        "steps": trainer.state.global_step,
-        "seconds": time.perf_counter() - started,
-        **_peak_memory(args.device),
-        "layer": layers[0] if len(layers) == 1 else layers,
-        "streams": trainer.meter.summary(),
-        **_results(trainer, probe),
-        **_record(config, trainer, inputs, planned),
-    }
-    if rank_and_world_size()[0] == 0:
-        (config.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return summary
+    return trainer
 
 
 def _say(lines: Sequence[str]) -> None:

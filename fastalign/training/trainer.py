@@ -9,6 +9,7 @@ or several, of one stream or of two.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,10 +26,12 @@ from transformers import Trainer, TrainingArguments
 from fastalign.config import nearest
 from fastalign.errors import ConfigError
 from fastalign.streams.base import MicroBatch, Stream, gather_over_ranks, rank_and_world_size
+from fastalign.training.checkpoint import STATE, rotate, staged, write_text
 from fastalign.training.failures import Moment, out_of_memory, stop_not_finite, stop_ruined_adapter
 from fastalign.training.memory import is_out_of_memory
 from fastalign.training.meter import StreamMeter
 from fastalign.training.plan import total_steps
+from fastalign.training.resume import RECORD
 from fastalign.training.schedule import Schedule
 from fastalign.training.zero import refuse_zero3, zero_term
 
@@ -61,6 +64,7 @@ class AlignTrainer(Trainer):
         schedule: which stream runs at a step.
         retrieval: called with the model at every evaluation; gives ``{"mean": ..., "languages": ...}``, whose mean is
             logged as `eval_retrieval`.
+        record: kept in every checkpoint as ``run.json``, for whoever resumes it.
         **kwargs: of the parent: processing_class, callbacks, optimizers.
 
     Raises:
@@ -75,6 +79,7 @@ class AlignTrainer(Trainer):
         streams: Mapping[str, Stream],
         schedule: Schedule,
         retrieval: Callable[[torch.nn.Module], dict[str, Any]] | None = None,
+        record: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
         missing = [name for name in schedule.streams if name not in streams]
@@ -97,6 +102,8 @@ class AlignTrainer(Trainer):
         refuse_zero3(bool(args.deepspeed))
         self.streams, self.schedule, self.retrieval = dict(streams), schedule, retrieval
         self.meter = StreamMeter(args.device, scaled=args.fp16)
+        self.record = record
+        self._staging: Path | None = None  # where a checkpoint is being written
         self._moment: Moment | None = None  # the forward and backward that is going on
         self._kept: list[torch.Tensor | None] = []  # the first stream's gradient in a step of two
         epoch = self.streams[schedule.streams[0]].steps_per_epoch(args.world_size)
@@ -204,9 +211,32 @@ class AlignTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """As the parent's, but a checkpoint is whole or not there, and holds no numbers that are not finite."""
         self._settle()
         self._require_finite_adapter()
-        super()._save_checkpoint(model, trial)
+        name = f"checkpoint-{self.state.global_step}"
+        with staged(self._folder, name) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            if self.state.best_model_checkpoint == str(staging / name):
+                self.state.best_model_checkpoint = str(self._folder / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(staging / name / STATE))
+                if self.record is not None:
+                    write_text(staging / name / RECORD, json.dumps(self.record, indent=2) + "\n")
+        rotate(self._folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(self._folder / name))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # else it has not been moved to its place yet
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _settle(self) -> None:
         """Book what was done, and stop where it was not finite."""

@@ -1,0 +1,98 @@
+"""A resumed run is the run that was stopped: the same settings and the same data, or it is refused.
+
+What a checkpoint was made with is in its ``run.json``. Settings that change nothing that is learnt may differ.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastalign.config import Config, config_to_dict
+from fastalign.errors import ConfigError
+
+RECORD = "run.json"
+SHOWN = 3  # differences that a message names
+
+# Where a run writes, how it reports, evaluates and saves, and how it trades memory for time.
+FREE = (
+    "training.output_dir", "training.overwrite_output_dir", "training.run_name", "training.project",
+    "training.logging_*", "training.log_*", "training.report_to", "training.disable_tqdm", "training.eval_*",
+    "training.per_device_eval_batch_size", "training.metric_for_best_model", "training.greater_is_better",
+    "training.load_best_model_at_end", "training.save_*", "training.push_to_hub", "training.hub_*",
+    "training.dataloader_*", "training.gradient_checkpointing*", "training.activation_checkpointing*",
+    "training.ddp_timeout", "training.skip_memory_metrics", "training.include_*", "training.trackio_*",
+    "alignment.micro_batch_size", "alignment.eval_pairs", "alignment.preset", "model.trust_remote_code",
+)  # fmt: skip
+LENGTH = ("training.max_steps", "training.num_train_epochs")  # may differ, and is said
+STEP = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")  # their product counts
+DATA = ("task.data", "alignment.data")  # counts by content
+# The files themselves may differ; whether there are any decides what is left to train on.
+HELD_OUT = ("task.eval_data", "alignment.eval_data")
+
+
+def run_record(config: Config, files: Mapping[str, list[dict[str, Any]]], world_size: int) -> dict[str, Any]:
+    """What a checkpoint remembers of its run.
+
+    Args:
+        config: with the effective ``training`` section.
+        files: per setting what was read, ``{"name", "sha256", "rows"}``, as `Tally.as_dict` gives them.
+        world_size: number of ranks.
+    """
+    data = {key: [file["sha256"] or file["name"] for file in files.get(key, [])] for key in DATA}
+    return {"config": config_to_dict(config), "data": data, "ranks": world_size}
+
+
+def require_same_run(checkpoint: Path, record: Mapping[str, Any]) -> list[str]:
+    """What has to be said of going on from this checkpoint with the settings and data of `record`.
+
+    Raises:
+        ConfigError: something that decides what is learnt differs.
+    """
+    try:
+        saved = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return [f"{checkpoint} does not say what it was made with: settings and data are not compared"]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"training.resume_from_checkpoint: {checkpoint / RECORD} cannot be read ({error})") from None
+    before, now = _flat(saved), _flat(record)
+    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    wrong = [key for key in differing if not _may_differ(key, now)]
+    if wrong:
+        shown = [f"{key} was {_short(before.get(key))}, now {_short(now.get(key))}" for key in wrong[:SHOWN]]
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise ConfigError(
+            f"training.resume_from_checkpoint: {checkpoint} was made with other settings, so that a part of the run "
+            f"would be another one ({'; '.join(shown)}{more}); set them back, or start a new run in another folder"
+        )
+    return [
+        f"{key} was {_short(before.get(key))} when the run began, and is {_short(now.get(key))} now"
+        for key in differing
+        if key in LENGTH
+    ]
+
+
+def _may_differ(key: str, now: Mapping[str, Any]) -> bool:
+    if key == "model.name_or_path":
+        return Path(now[key]).is_dir()  # it was moved
+    return key in (*LENGTH, *STEP, *DATA) or any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE)
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as ``section.key``; what counts by its content or as a product is under a name of its own."""
+    flat = {f"{section}.{key}": value for section, keys in record["config"].items() for key, value in keys.items()}
+    for key in HELD_OUT:
+        flat[key] = "given" if flat.get(key) else None
+    for key, digests in record["data"].items():
+        flat[f"content of {key}"] = digests
+    flat["rows of the task in a step"] = (flat.get(STEP[0]) or 8) * (flat.get(STEP[1]) or 1)  # transformers' defaults
+    flat["ranks"] = record["ranks"]
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

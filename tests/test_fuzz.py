@@ -1,0 +1,75 @@
+"""A bounded sample of `fuzz`, which is also run by hand in larger numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def fuzz() -> ModuleType:
+    """tests/fuzz.py, which is a program and no test."""
+    spec = importlib.util.spec_from_file_location("fuzz", HERE / "fuzz.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fuzz"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def place(fuzz: ModuleType) -> Iterator[Any]:
+    with fuzz.ground() as made:
+        yield made
+
+
+def check(outcomes: list[Any]) -> None:
+    failed = {f"{outcome.kind}:{outcome.number}": outcome.verdict() for outcome in outcomes if outcome.verdict()}
+    assert not failed, failed
+
+
+@pytest.mark.parametrize("kind", ["configs", "files"])
+def test_random_input_gets_one_clear_answer(kind: str, fuzz: ModuleType, place: Any) -> None:
+    outcomes = fuzz.campaign(place, kind, range(120), seed=11)
+    check(outcomes)
+    codes = Counter(outcome.code for outcome in outcomes)
+    assert codes[0] >= 12 and codes[2] >= 12, f"the sample is one-sided: {codes}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["configs", "files"])
+def test_more_random_input_gets_one_clear_answer(kind: str, fuzz: ModuleType, place: Any) -> None:
+    check(fuzz.campaign(place, kind, range(400), seed=12))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["configs", "files"])
+def test_the_same_in_processes_of_their_own(kind: str, fuzz: ModuleType, place: Any) -> None:
+    check(fuzz.campaign(place, kind, range(10), seed=13, process=True))
+
+
+@pytest.mark.parametrize(
+    ("code", "stderr", "complaint"),
+    [
+        (2, "", "0 lines"),
+        (2, "fastalign: a\nfastalign: b\n", "2 lines"),
+        (0, "fastalign: a\n", "1 lines"),
+        (1, "fastalign: interrupted\n", "was not stopped by"),
+        (3, "fastalign: a\n", "exit code 3"),
+        (2, "Traceback (most recent call last):\nfastalign: a\n", "traceback"),
+        (2, f"fastalign: {'x' * 2000}\n", "characters"),
+    ],
+)
+def test_the_fuzzer_sees_bad_answers(code: int, stderr: str, complaint: str, fuzz: ModuleType) -> None:
+    assert complaint in fuzz.Outcome("configs", 0, code, stderr, 0.1).verdict()
+    assert not fuzz.Outcome("configs", 0, 2, "fastalign: a: b\n", 0.1).verdict()
+    assert not fuzz.Outcome("configs", 0, 1, "fastalign: step 1: the loss is not finite\n", 0.1).verdict()
