@@ -26,10 +26,11 @@ def mask_secrets(text: str) -> str:
 
 
 class FastalignError(Exception):
-    """Base of everything that is the user's to mend. The message is one line, and holds no secret."""
+    """Base of everything that is the user's to mend. The message is one line that cannot drive a terminal, and holds no secret."""
 
     def __init__(self, message: str):
         message = mask_secrets(" ".join(message.split()))
+        message = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
         if len(message) > LONGEST:  # it quotes something long; what is wrong comes first, how to mend it last
             message = f"{message[: LONGEST // 2]} [...] {message[-LONGEST // 2 :]}"
         super().__init__(message)

@@ -48,15 +48,18 @@ def require_free_folder(folder: Path, allowed: bool, base: str = "") -> None:
             f"{where} holds results ({found[0].name}); choose another folder, add --overwrite, or continue with "
             "training.resume_from_checkpoint=true"
         )
-    parent = folder
-    while not parent.exists():
-        parent = parent.parent
+    if os.environ.get("RANK", "0") != "0":
+        return  # the first rank tries for all
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        probe = parent / f".fastalign-{time.time_ns()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".fastalign-{time.time_ns()}"
         probe.touch()
         probe.unlink()
+        for path in missing:  # it is made when the run begins
+            path.rmdir()
     except OSError as error:
-        raise ConfigError(f"training.output_dir: cannot write to {str(parent)!r} ({error.strerror})") from None
+        raise ConfigError(f"training.output_dir: cannot write to {str(folder)!r} ({error.strerror})") from None
 
 
 def _is_users(path: Path) -> bool:

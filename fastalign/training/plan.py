@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from fastalign.data.text import listed
 from fastalign.errors import ConfigError
 from fastalign.streams.base import Stream
 from fastalign.training.schedule import Schedule
@@ -76,5 +77,5 @@ def plan_lines(planned: Mapping[str, Mapping[str, Any]], streams: Mapping[str, S
         held_out = map(streams[name].language, streams[name].held_out)
         gone = sorted({*held_out} - row["languages"].keys())
         if gone:
-            lines.append(f"{name}: no {noun} to train on in {', '.join(gone)}, only held-out ones")
+            lines.append(f"{name}: no {noun} to train on in {listed(gone)}, only held-out ones")
     return lines

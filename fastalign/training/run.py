@@ -15,6 +15,7 @@ from transformers import TrainerCallback, set_seed
 from fastalign.config import Config, config_text
 from fastalign.config.hub import offline_run
 from fastalign.data.parallel import Pair
+from fastalign.data.text import listed
 from fastalign.data.tokenization import SentenceTokenizer
 from fastalign.errors import ConfigError, FastalignError, RunError
 from fastalign.model.early_exit import hidden_at
@@ -222,7 +223,7 @@ def _probe(tokenizer: SentenceTokenizer, pairs: list[Pair], layer: int, limit: i
     chosen = choose_pairs(pairs, limit)
     left_out = sorted({pair.direction for pair in pairs} - {pair.direction for pair in chosen})
     if left_out and rank_and_world_size()[0] == 0:
-        print(f"retrieval is not measured for {', '.join(left_out)}: fewer than two held-out pairs", file=sys.stderr)
+        print(f"retrieval is not measured for {listed(left_out)}: fewer than two held-out pairs", file=sys.stderr)
     return (lambda model: retrieval(model, tokenizer, chosen, layer)) if chosen else None
 
 

@@ -1,0 +1,151 @@
+"""A resumed run is the run that was stopped: other settings or data are refused, what changes nothing may differ."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from fastalign.config import config_from_dict
+from fastalign.errors import ConfigError
+from fastalign.training.run import train
+
+
+class Stop(TrainerCallback):
+    """After step 4, as by a kill: without the final results."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == 4
+
+
+@pytest.fixture(scope="module")
+def stopped(model_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The configuration of a run that was stopped at step 4 of 8."""
+    folder = tmp_path_factory.mktemp("stopped")
+    shutil.copytree(model_dir, folder / "model")
+    for name in ("task", "pairs"):
+        shutil.copy(data_dir / f"{name}.jsonl", folder / f"{name}.jsonl")
+    raw = {
+        "model": {"name_or_path": str(folder / "model")},
+        "adapter": {"r": 4, "dropout": 0.1},
+        "task": {"data": str(folder / "task.jsonl"), "eval_share": 0.2},
+        "alignment": {"data": [str(folder / "pairs.jsonl")], "batch_size": 8, "eval_share": 0.2},
+        "training": {
+            "output_dir": str(folder / "out"), "max_steps": 8, "save_steps": 4, "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2, "eval_strategy": "no", "use_cpu": True,
+        },
+    }  # fmt: skip
+    train(config_from_dict(raw), callbacks=[Stop()])
+    return raw
+
+
+@pytest.fixture
+def raw(stopped: dict, tmp_path: Path) -> dict:
+    """The same in folders of its own, asked to go on."""
+    old = Path(stopped["training"]["output_dir"]).parent
+    shutil.copytree(old, tmp_path / "run")
+    moved = json.loads(json.dumps(stopped).replace(str(old), str(tmp_path / "run")))
+    moved["training"]["resume_from_checkpoint"] = True
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("training", "learning_rate", 1e-3, "training.learning_rate was 0.01, now 0.001"),
+        ("training", "seed", 7, "training.seed was null, now 7"),
+        ("training", "weight_decay", 0.1, "training.weight_decay"),
+        ("training", "lr_scheduler_type", "linear", "training.lr_scheduler_type"),
+        ("training", "per_device_train_batch_size", 2, "rows of the task in a step was 4, now 2"),
+        ("adapter", "r", 8, "adapter.r was 4, now 8"),
+        ("adapter", "dropout", 0.0, "adapter.dropout"),
+        ("schedule", "ratio", 2.0, "schedule.ratio was 1.0, now 2.0"),
+        ("alignment", "batch_size", 16, "alignment.batch_size"),
+        ("alignment", "layer", 1, "alignment.layer"),
+        ("alignment", "eval_share", 0.1, "alignment.eval_share"),
+        ("task", "max_length", 64, "task.max_length"),
+        ("model", "dtype", "bfloat16", "model.dtype"),
+    ],
+)
+def test_a_setting_that_decides_what_is_learnt_is_refused(
+    section: str, key: str, value: Any, said: str, raw: dict
+) -> None:
+    raw.setdefault(section, {})[key] = value
+    with pytest.raises(ConfigError, match=f"made with other settings.*{said}"):
+        train(config_from_dict(raw))
+    assert not (Path(raw["training"]["output_dir"]) / ".saving").exists()
+
+
+@pytest.mark.parametrize("name", ["task", "pairs"])
+def test_other_data_under_the_same_name_are_refused(name: str, raw: dict, tmp_path: Path) -> None:
+    path = tmp_path / "run" / f"{name}.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("alarm", "alert", 1), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"content of (task|alignment)\.data"):
+        train(config_from_dict(raw))
+
+
+def test_three_differences_are_named_and_the_others_counted(raw: dict) -> None:
+    raw["training"] |= {"seed": 1, "weight_decay": 0.1, "learning_rate": 1.0, "adam_beta1": 0.5, "max_grad_norm": 3.0}
+    with pytest.raises(ConfigError, match="and 2 more"):
+        train(config_from_dict(raw))
+
+
+def test_what_changes_nothing_may_differ_and_the_end_is_the_same(stopped: dict, raw: dict, tmp_path: Path) -> None:
+    """Moved files, other micro-batches, more evaluation and another rhythm of logs and checkpoints."""
+    whole = copy.deepcopy(stopped)
+    whole["training"]["output_dir"] = str(tmp_path / "whole")
+    whole["adapter"]["dropout"] = raw["adapter"]["dropout"]
+    expected = train(config_from_dict(whole))
+    (tmp_path / "run" / "pairs.jsonl").rename(tmp_path / "run" / "renamed.jsonl")
+    raw["alignment"] |= {"data": str(tmp_path / "run" / "renamed.jsonl"), "eval_pairs": 5}
+    raw["training"] |= {"logging_steps": 3, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 3}
+    found = train(config_from_dict(raw))
+    for stream in ("task", "alignment"):
+        assert found["streams"][stream]["loss_last"] == expected["streams"][stream]["loss_last"]
+    results = [tmp_path / name / "adapter_model.safetensors" for name in ("whole", "run/out")]
+    assert results[0].read_bytes() == results[1].read_bytes()
+
+
+def test_after_out_of_memory_smaller_micro_batches_go_on(stopped: dict, raw: dict, tmp_path: Path) -> None:
+    """The same steps up to rounding, here without dropout, which draws by forward."""
+    results = []
+    for name, training, alignment in (
+        ("a", {}, {}),
+        ("b", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, {"micro_batch_size": 2}),
+    ):
+        begun = copy.deepcopy(stopped)
+        begun["adapter"]["dropout"] = 0.0
+        begun["training"] |= {"output_dir": str(tmp_path / name), "optim": "sgd", "learning_rate": 0.5}
+        train(config_from_dict(begun), callbacks=[Stop()])
+        begun["training"] |= {**training, "resume_from_checkpoint": True, "gradient_checkpointing": name == "b"}
+        begun["alignment"] |= alignment
+        assert train(config_from_dict(begun))["steps"] == 8
+        results.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    moved = max(float(tensor.abs().max()) for name, tensor in results[0].items() if "lora_B" in name)
+    for name, tensor in results[0].items():
+        assert float((tensor - results[1][name]).abs().max()) < 1e-5 * moved, name
+
+
+def test_a_longer_run_is_said(raw: dict, capsys: pytest.CaptureFixture) -> None:
+    raw["training"]["max_steps"] = 10
+    assert train(config_from_dict(raw))["steps"] == 10
+    assert "training.max_steps was 8 when the run began, and is 10 now" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_does_not_say_is_taken_with_a_word(
+    raw: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    record = tmp_path / "run" / "out" / "checkpoint-4" / "run.json"
+    record.unlink()
+    assert train(config_from_dict(raw))["steps"] == 8
+    assert "settings and data are not compared" in capsys.readouterr().err
+    record.write_text("{")
+    raw["training"]["resume_from_checkpoint"] = str(record.parent)
+    with pytest.raises(ConfigError, match=r"run\.json cannot be read"):
+        train(config_from_dict(raw))
