@@ -26,7 +26,7 @@ def mask_secrets(text: str) -> str:
 
 
 class FastalignError(Exception):
-    """Base of everything that is the user's to mend. The message is one line that cannot drive a terminal, and holds no secret."""
+    """Base of everything that is told in one line, which holds no secret and nothing that drives a terminal."""
 
     def __init__(self, message: str):
         message = mask_secrets(" ".join(message.split()))
