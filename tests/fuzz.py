@@ -16,6 +16,7 @@ import contextlib
 import io
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -38,7 +39,7 @@ import fuzz_cases as cases  # noqa: E402
 
 LIMIT = 20  # seconds a case may take in this process
 PROCESS_LIMIT = 90  # and in one of its own, which has to import everything
-STOPPED = ("out of memory", "not finite", "nan", "inf", "diverge")  # what a line with exit code 1 may say
+STOPPED = re.compile(r"out of memory|is -?(nan|inf)\b|no longer finite", re.IGNORECASE)  # with exit code 1
 
 
 class TimeLimit(BaseException):
@@ -70,7 +71,7 @@ class Outcome:
             return f"exit code {self.code}"
         if len(lines) != (1 if self.code else 0):
             return f"exit code {self.code} with {len(lines)} lines"
-        if self.code == 1 and not any(word in lines[0].lower() for word in STOPPED):
+        if self.code == 1 and not STOPPED.search(lines[0]):
             return f"exit code 1, but the run was not stopped by its numbers or its memory: {lines[0][:300]}"
         if lines and len(lines[0]) > 1200:
             return f"the line has {len(lines[0])} characters: {lines[0][:300]}"

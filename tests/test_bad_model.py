@@ -140,6 +140,7 @@ def test_4_bit_bases_are_checked_too(value: float, folder: Path, run: Callable[.
         (["model.attn_implementation=kernels-community/flash-attn2"], ["model.attn_implementation"]),
         (["model.revision=v9"], ["model.revision", "folder"]),
         (["model.name_or_path=some-where/no-model", "model.revision=v9"], ["model.name_or_path", "some-where"]),
+        (["training.output_dir=/proc/none/here"], ["training.output_dir", "cannot write"]),
         (["model.dtype=int4"], ["model.dtype", "bfloat16"]),
         (["model.name_or_path=gpt 2?"], ["model.name_or_path"]),
         (["model.name_or_path=https://user:secretword@host/model"], ["model.name_or_path", "***"]),
@@ -179,3 +180,9 @@ def test_a_tokenizer_without_padding_trains(folder: Path, run: Callable[..., tup
             settings.pop("pad_token")
             (folder / name).write_text(json.dumps(settings))
     assert run()[0] == 0
+
+
+def test_code_of_a_model_is_run_only_where_it_is_trusted(folder: Path, run: Callable[..., tuple[int, str]]) -> None:
+    with_code(folder)
+    with pytest.raises(SystemExit, match="their code was run"):
+        run("model.trust_remote_code=true")

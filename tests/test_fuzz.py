@@ -48,7 +48,7 @@ def test_random_input_gets_one_clear_answer(kind: str, fuzz: ModuleType, place: 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["configs", "files"])
 def test_more_random_input_gets_one_clear_answer(kind: str, fuzz: ModuleType, place: Any) -> None:
-    check(fuzz.campaign(place, kind, range(400), seed=12))
+    check(fuzz.campaign(place, kind, range(200), seed=12))
 
 
 @pytest.mark.slow
@@ -72,4 +72,4 @@ def test_the_same_in_processes_of_their_own(kind: str, fuzz: ModuleType, place: 
 def test_the_fuzzer_sees_bad_answers(code: int, stderr: str, complaint: str, fuzz: ModuleType) -> None:
     assert complaint in fuzz.Outcome("configs", 0, code, stderr, 0.1).verdict()
     assert not fuzz.Outcome("configs", 0, 2, "fastalign: a: b\n", 0.1).verdict()
-    assert not fuzz.Outcome("configs", 0, 1, "fastalign: step 1: the loss is not finite\n", 0.1).verdict()
+    assert not fuzz.Outcome("configs", 0, 1, "fastalign: the loss at step 1 is nan; rows\n", 0.1).verdict()

@@ -199,3 +199,23 @@ def test_who_is_offline_stays_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with offline(), asking_hub():
         assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1" and not may_ask_hub()
+
+
+def test_data_that_is_named_by_a_hub_id_may_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    from huggingface_hub import constants
+
+    from fastalign.data.files import read_sources
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    while_reading: list[bool] = []
+
+    def load(name: str, **_: Any) -> datasets.Dataset:
+        while_reading.append(constants.HF_HUB_OFFLINE)
+        return datasets.Dataset.from_list([{"prompt": "a", "response": "b"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with offline():
+        assert read_sources("some/data", "task.data")[0].rows == [{"prompt": "a", "response": "b"}]
+        assert constants.HF_HUB_OFFLINE
+    assert while_reading == [False]

@@ -130,7 +130,7 @@ def _trainer(model: torch.nn.Module, args: Any, **kwargs: Any) -> AlignTrainer:
         if not args.deepspeed:
             trainer.create_optimizer_and_scheduler(args.max_steps)
             trainer.optimizer = trainer.lr_scheduler = None
-    except (ImportError, RuntimeError, ValueError) as error:
+    except REFUSALS as error:
         if isinstance(error, FastalignError) or is_out_of_memory(error):
             raise
         raise ConfigError(f"training: {error}") from error

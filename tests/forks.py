@@ -1,0 +1,181 @@
+"""Real processes of the command line that start at once, for tests that kill them and fill their disk.
+
+Run as a program it imports what training needs and then forks a process for every line of JSON on stdin; `Forks` is
+the other end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parents[1]
+WATCHED = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree")
+
+
+class Fork:
+    """A process that was started. Its `output` is stdout and stderr together."""
+
+    def __init__(self, forks: Forks, pid: int, log: Path):
+        self._forks, self.pid, self._log = forks, pid, log
+
+    def wait(self, timeout: float = 120) -> int:
+        """Its exit code, or minus the signal that ended it. TimeoutError after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while (code := self._forks.ask({"poll": self.pid})) is None:
+            if time.monotonic() > deadline:
+                self.signal(signal.SIGKILL)
+                raise TimeoutError(f"still running after {timeout} s: {self.output[-2000:]}")
+            time.sleep(0.02)
+        return code
+
+    def wait_for(self, text: str, timeout: float = 120) -> None:
+        """Until its output holds `text`."""
+        deadline = time.monotonic() + timeout
+        while text not in self.output:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no {text!r} after {timeout} s: {self.output[-2000:]}")
+            time.sleep(0.02)
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+
+class Forks:
+    """Starts processes that run `fastalign.cli.main`.
+
+    Args:
+        folder: for what they print.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._count = 0
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+        self._server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.ask({})  # it has imported everything
+
+    def start(self, argv: Sequence[str], **options: Any) -> Fork:
+        """A process that runs ``fastalign ARGV``.
+
+        Args:
+            argv: of the command line.
+            **options: `die`, a regular expression: it kills itself before the operation on files that matches, as
+                `_watch` spells it; `nth` (1): before the nth that does. `trace`: a file to list them in.
+                `file_size`: bytes that a file may have, as if the disk were full then.
+        """
+        self._count += 1
+        log = self._folder / f"{self._count}.log"
+        pid = self.ask({"argv": list(argv), "log": str(log), **options})
+        return Fork(self, pid, log)
+
+    def run(self, argv: Sequence[str], **options: Any) -> tuple[int, str]:
+        """Exit code and output of such a process."""
+        fork = self.start(argv, **options)
+        return fork.wait(), fork.output
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait(timeout=60)
+
+
+def _serve() -> None:
+    import fastalign.cli
+    import fastalign.training.run  # noqa: F401 - so that the forks have it
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = None
+        if "poll" in request:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        elif request:
+            Path(request["log"]).touch()
+            answer = os.fork()
+            if answer == 0:
+                _run(**request)
+        print(json.dumps(answer), flush=True)
+
+
+def _run(
+    argv: list[str],
+    log: str,
+    die: str | None = None,
+    nth: int = 1,
+    trace: str | None = None,
+    file_size: int | None = None,
+) -> NoReturn:
+    """In the forked process: the command line, from the first to the last thing that a process does."""
+    from fastalign.cli import main
+
+    with open(os.devnull) as nothing, open(log, "w") as file:
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    if die or trace:
+        _watch(re.compile(die or "^$"), nth, trace)
+    if file_size is not None:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    code = 70
+    try:
+        code = main(argv)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def _watch(die: re.Pattern[str], nth: int, trace: str | None) -> None:
+    """Before each operation of Python on files: write it down as ``os.rename /a /b``, and die where it says so."""
+    count = 0
+    out = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if trace else None
+
+    def hook(event: str, args: tuple) -> None:
+        nonlocal count
+        if event not in WATCHED or (event == "open" and (args[1] is None or args[1][0] == "r")):
+            return
+        text = " ".join([event, *(os.fspath(arg) for arg in args if isinstance(arg, (str, os.PathLike)))])
+        if out is not None:
+            os.write(out, f"{text}\n".encode())
+        if die.search(text):
+            count += 1
+            if count == nth:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+if __name__ == "__main__":
+    _serve()
