@@ -95,7 +95,6 @@ def checkpoint_to_resume(config: Config) -> Path | None:
     if wanted in (None, False):
         return None
     if wanted is True:
-        restore(config.output_dir)
         found = checkpoints(config.output_dir)
         for path in found:
             why = why_not_whole(path)

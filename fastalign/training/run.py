@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from fastalign.model.early_exit import hidden_at
 from fastalign.model.encode import resolve_layer
 from fastalign.model.loading import add_adapter, load_model, load_model_config, load_tokenizer
 from fastalign.probing.retrieval import choose_pairs, retrieval
-from fastalign.streams.base import rank_and_world_size
+from fastalign.streams.base import gather_over_ranks, rank_and_world_size
 from fastalign.training.arguments import effective_training, training_arguments
-from fastalign.training.checkpoint import checkpoint_to_resume, disk_errors, save_final, write_text
+from fastalign.training.checkpoint import checkpoint_to_resume, disk_errors, restore, save_final, write_text
 from fastalign.training.inputs import Inputs, build_streams, read_inputs, sentence_tokenizer
 from fastalign.training.interrupt import SaveOnInterrupt
 from fastalign.training.memory import first_line, free_bytes, gigabytes, is_out_of_memory
@@ -60,6 +61,7 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
     schedule = Schedule(config.schedule.mode, config.schedule.ratio)
     _require_data(config, schedule)
     with locked(config.output_dir) as lock:
+        restore(config.output_dir)
         checkpoint = checkpoint_to_resume(config)
         resumes = checkpoint is not None and checkpoint.resolve().parent == config.output_dir.resolve()
         require_free_folder(config.output_dir, overwrite or resumes, config.model.name_or_path)
@@ -69,6 +71,8 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
         inputs = read_inputs(config)
         config = replace(config, training=effective_training(config, inputs.can_evaluate))
         args = training_arguments(config.training)
+        found = gather_over_ranks([str(checkpoint or "")])[0]  # by the first rank, which has tidied up before it looked
+        checkpoint = Path(found) if found else None
         if config.alignment.negatives == "world" and args.world_size > 1:
             raise ConfigError("alignment.negatives: world is not supported on several ranks yet; use rank")
         sentences = sentence_tokenizer(config, inputs, tokenizer, text_config)
