@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,31 @@ def test_two_ranks_take_the_steps_of_one(mode: str, zero: int | None, raw_config
         assert two["streams"][stream]["loss_first"] == pytest.approx(row["loss_first"], rel=1e-4)
         assert two["streams"][stream]["tokens"] == row["tokens"]
     assert two["retrieval"]["after"]["mean"] == pytest.approx(one["retrieval"]["after"]["mean"], abs=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [None, 2])
+def test_two_ranks_resume_to_the_same_end(zero: int | None, raw_config: dict, tmp_path: Path) -> None:
+    """Checkpoints of several ranks, of DDP and of DeepSpeed, are whole, and hold what each rank needs."""
+    raw = copy.deepcopy(raw_config)
+    raw["adapter"]["dropout"] = 0.1
+    raw["alignment"]["micro_batch_size"] = 3
+    raw["training"] |= {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "report_to": "none"}
+    if zero is not None:
+        raw["training"]["deepspeed"] = {**DEEPSPEED_CONFIG, "zero_optimization": {"stage": zero}}
+    launcher = TORCHRUN if zero is None else DEEPSPEED
+    done = launch(launcher, write(raw, tmp_path / "config.yaml"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "out"
+    expected = (out / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(out / "checkpoint-6")
+    (out / "adapter_model.safetensors").unlink()
+    raw["training"]["resume_from_checkpoint"] = True
+    done = launch(launcher, write(raw, tmp_path / "config.yaml"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((out / "summary.json").read_text())["resumed_at"] == [3]
+    assert (out / "adapter_model.safetensors").read_bytes() == expected
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.slow
