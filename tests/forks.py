@@ -14,37 +14,33 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
-WATCHED = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree")
+WATCHED = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree", "torch.save")
 
 
 class Fork:
-    """A process that was started. Its `output` is stdout and stderr together."""
+    """A process that was started. Its output comes through a pipe, which no limit on files can cut."""
 
-    def __init__(self, forks: Forks, pid: int, log: Path):
-        self._forks, self.pid, self._log = forks, pid, log
+    def __init__(self, forks: Forks, pid: int, pipe: int):
+        self._forks, self.pid, self._pipe, self._read = forks, pid, pipe, b""
 
     def wait(self, timeout: float = 120) -> int:
         """Its exit code, or minus the signal that ended it. TimeoutError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while (code := self._forks.ask({"poll": self.pid})) is None:
-            if time.monotonic() > deadline:
-                self.signal(signal.SIGKILL)
-                raise TimeoutError(f"still running after {timeout} s: {self.output[-2000:]}")
-            time.sleep(0.02)
+            self._sleep(deadline)
         return code
 
     def wait_for(self, text: str, timeout: float = 120) -> None:
         """Until its output holds `text`."""
         deadline = time.monotonic() + timeout
         while text not in self.output:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no {text!r} after {timeout} s: {self.output[-2000:]}")
-            time.sleep(0.02)
+            self._sleep(deadline)
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -52,14 +48,28 @@ class Fork:
 
     @property
     def output(self) -> str:
-        return self._log.read_text(encoding="utf-8", errors="replace")
+        """What it has printed until now, on stdout and stderr."""
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(self._pipe, 65536):
+                self._read += part
+        return self._read.decode(errors="replace")
+
+    def stop_reading(self) -> None:
+        """What it prints from now on meets a broken pipe."""
+        os.close(self._pipe)
+
+    def _sleep(self, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            self.signal(signal.SIGKILL)
+            raise TimeoutError(self.output[-2000:])
+        time.sleep(0.02)
 
 
 class Forks:
     """Starts processes that run `fastalign.cli.main`.
 
     Args:
-        folder: for what they print.
+        folder: for the pipes of what they print.
     """
 
     def __init__(self, folder: Path):
@@ -76,14 +86,16 @@ class Forks:
 
         Args:
             argv: of the command line.
-            **options: `die`, a regular expression: it kills itself before the operation on files that matches, as
-                `_watch` spells it; `nth` (1): before the nth that does. `trace`: a file to list them in.
-                `file_size`: bytes that a file may have, as if the disk were full then.
+            **options: `at`, a regular expression: it kills itself before the operation on files that matches, as
+                `_watch` spells it; `nth` (1): before the nth that does. `file_size`: then it goes on instead, but as
+                on a disk that is full once a file has that many bytes. `trace`: a file to list the operations in.
         """
         self._count += 1
-        log = self._folder / f"{self._count}.log"
-        pid = self.ask({"argv": list(argv), "log": str(log), **options})
-        return Fork(self, pid, log)
+        path = self._folder / f"{self._count}.pipe"
+        os.mkfifo(path)
+        pipe = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        pid = self.ask({"argv": list(argv), "pipe": str(path), **options})
+        return Fork(self, pid, pipe)
 
     def run(self, argv: Sequence[str], **options: Any) -> tuple[int, str]:
         """Exit code and output of such a process."""
@@ -113,7 +125,6 @@ def _serve() -> None:
             pid, status = os.waitpid(request["poll"], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
         elif request:
-            Path(request["log"]).touch()
             answer = os.fork()
             if answer == 0:
                 _run(**request)
@@ -122,43 +133,40 @@ def _serve() -> None:
 
 def _run(
     argv: list[str],
-    log: str,
-    die: str | None = None,
+    pipe: str,
+    at: str | None = None,
     nth: int = 1,
-    trace: str | None = None,
     file_size: int | None = None,
+    trace: str | None = None,
 ) -> NoReturn:
     """In the forked process: the command line, from the first to the last thing that a process does."""
     from fastalign.cli import main
 
-    with open(os.devnull) as nothing, open(log, "w") as file:
+    with open(os.devnull) as nothing, open(pipe, "w", encoding="utf-8") as output:
         os.dup2(nothing.fileno(), 0)
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    if die or trace:
-        _watch(re.compile(die or "^$"), nth, trace)
-    if file_size is not None:
-        import resource
-
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    if at or trace:
+        _watch(re.compile(at or "^$"), nth, file_size, trace)
     code = 70
     try:
         code = main(argv)
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)
 
 
-def _watch(die: re.Pattern[str], nth: int, trace: str | None) -> None:
-    """Before each operation of Python on files: write it down as ``os.rename /a /b``, and die where it says so."""
+def _watch(at: re.Pattern[str], nth: int, file_size: int | None, trace: str | None) -> None:
+    """Before each operation on files: write it down as ``os.rename /a /b``; die, or fill the disk, where it says so."""
+    import resource
+
+    import torch
+
     count = 0
     out = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if trace else None
 
@@ -169,11 +177,20 @@ def _watch(die: re.Pattern[str], nth: int, trace: str | None) -> None:
         text = " ".join([event, *(os.fspath(arg) for arg in args if isinstance(arg, (str, os.PathLike)))])
         if out is not None:
             os.write(out, f"{text}\n".encode())
-        if die.search(text):
-            count += 1
-            if count == nth:
-                os.kill(os.getpid(), signal.SIGKILL)
+        count += at.search(text) is not None
+        if count == nth and file_size is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif count == nth:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails, as on a full disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
 
+    save = torch.save
+
+    def audited_save(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
+        sys.audit("torch.save", f)  # it writes in C++, unseen
+        save(obj, f, *args, **kwargs)
+
+    torch.save = audited_save
     sys.addaudithook(hook)
 
 

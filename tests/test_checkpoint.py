@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,47 @@ def test_a_checkpoint_that_lacks_a_piece_is_left_out(
     if name != "trainer_state.json" or newest.joinpath(name).exists():
         with pytest.raises(ConfigError, match=f"cannot be used: .*; {folder / 'checkpoint-2'} is whole"):
             checkpoint_to_resume(config_from_dict(raw))
+
+
+def test_any_flipped_bit_of_a_pickle_is_a_reason_and_no_traceback(run: tuple[dict, Path]) -> None:
+    """zipfile raises a different error for nearly every field."""
+    path = run[1] / "checkpoint-4" / "scheduler.pt"
+    content = path.read_bytes()
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x41]) + content[place + 1 :])
+        why_not_whole(path.parent)
+
+
+def test_every_rank_needs_its_random_state(run: tuple[dict, Path]) -> None:
+    folder = run[1] / "checkpoint-4"
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "ranks": 2}))
+    (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+    assert "random states" in str(why_not_whole(folder))
+    shutil.copy(folder / "rng_state_0.pth", folder / "rng_state_1.pth")
+    assert why_not_whole(folder) is None
+    (folder / "latest").write_text("global_step4")
+    assert "DeepSpeed" in str(why_not_whole(folder))
+
+
+def test_the_best_checkpoint_is_found_where_the_folder_was_moved_to(raw_config: dict, tmp_path: Path) -> None:
+    raw = copy.deepcopy(raw_config)
+    raw["training"] |= {
+        "max_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_task_loss", "save_total_limit": 3,
+        "learning_rate": 1e-4,
+    }  # fmt: skip
+    train(config_from_dict(raw))
+    (tmp_path / "out").rename(tmp_path / "moved")
+    raw["training"] |= {
+        "output_dir": str(tmp_path / "moved"), "max_steps": 4, "resume_from_checkpoint": True,
+        "greater_is_better": True,  # so that the first one stays the best
+    }  # fmt: skip
+    train(config_from_dict(raw))
+    state = json.loads((tmp_path / "moved" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "moved" / "checkpoint-2")
+    best, saved = (tmp_path / "moved" / f"{name}adapter_model.safetensors" for name in ("checkpoint-2/", ""))
+    assert best.read_bytes() == saved.read_bytes()
 
 
 def test_pickled_weights_are_refused(run: tuple[dict, Path]) -> None:
@@ -187,16 +229,27 @@ def test_rotation_keeps_what_transformers_keeps(limit: int | None, best: str | N
         for step in (2, 4, 10):
             (folder / f"checkpoint-{step}").mkdir(parents=True)
         path = str(folder / best) if best else None
-        tidy(folder, limit, path) if tidy is rotate else rotate_checkpoints(str(folder), limit, path)
+        if tidy is rotate:
+            rotate(folder, limit, "checkpoint-10", path)
+        else:
+            rotate_checkpoints(str(folder), limit, path)
         left.append({path.name for path in folder.iterdir()})
     assert left[0] == left[1]
+
+
+def test_rotation_keeps_what_was_just_saved_whatever_the_clock_says(tmp_path: Path) -> None:
+    for step, seconds in ((2, 900), (4, 100)):  # the clock was set back in between
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{step}", (seconds, seconds))
+    rotate(tmp_path, 1, "checkpoint-4", None)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
 def test_what_is_being_deleted_is_no_checkpoint_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (2, 4):
         (tmp_path / f"checkpoint-{step}").mkdir()
     monkeypatch.setattr(module.shutil, "rmtree", lambda *_, **__: None)  # killed here
-    rotate(tmp_path, 1, None)
+    rotate(tmp_path, 1, "checkpoint-4", None)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 

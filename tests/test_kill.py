@@ -128,9 +128,9 @@ AIMED: dict[str, tuple[str, list[int]]] = {
     "name", [name if "is moved" in name else pytest.param(name, marks=pytest.mark.slow) for name in AIMED]
 )
 def test_killed_at_the_worst_moment(name: str, forks: Forks, config_file: Path, whole: Whole, tmp_path: Path) -> None:
-    die, resumed_at = AIMED[name]
+    at, resumed_at = AIMED[name]
     out = tmp_path / "out"
-    code, output = forks.run(command(config_file, out), die=die)
+    code, output = forks.run(command(config_file, out), at=at)
     assert code == -signal.SIGKILL, output
     assert not (out / "summary.json").exists()
     output, found = resume(forks, config_file, out, whole)
@@ -147,7 +147,7 @@ def test_killed_before_an_operation_on_files_and_again(
     draw = random.Random(f"{SEED} {number}")
     moments = [draw.randint(1, whole.operations), draw.randint(1, 40)]
     for nth, more in zip(moments, [[], [RESUME]], strict=True):
-        code, output = forks.run(command(config_file, out, *more), die=re.escape(f"{out}/"), nth=nth)
+        code, output = forks.run(command(config_file, out, *more), at=re.escape(f"{out}/"), nth=nth)
         assert code == -signal.SIGKILL, (moments, output)
     resume(forks, config_file, out, whole)
 
@@ -170,8 +170,8 @@ def test_killed_at_any_time(number: int, forks: Forks, config_file: Path, whole:
 @pytest.mark.slow
 def test_killed_while_it_clears_up_after_a_kill(forks: Forks, config_file: Path, whole: Whole, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert forks.run(command(config_file, out), die=r"os\.remove .*rng_state")[0] == -signal.SIGKILL
-    assert forks.run(command(config_file, out, RESUME), die=r"os\.remove .*optimizer")[0] == -signal.SIGKILL
+    assert forks.run(command(config_file, out), at=r"os\.remove .*rng_state")[0] == -signal.SIGKILL
+    assert forks.run(command(config_file, out, RESUME), at=r"os\.remove .*optimizer")[0] == -signal.SIGKILL
     assert resume(forks, config_file, out, whole)[1] == [6]
 
 
@@ -180,10 +180,10 @@ def test_killed_while_a_checkpoint_takes_the_place_of_another(
     forks: Forks, config_file: Path, whole: Whole, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    assert forks.run(command(config_file, out), die=r"os\.mkdir .*/\.saving/checkpoint-10")[0] == -signal.SIGKILL
+    assert forks.run(command(config_file, out), at=r"os\.mkdir .*/\.saving/checkpoint-10")[0] == -signal.SIGKILL
     assert [path.name for path in checkpoints(out)] == ["checkpoint-8", "checkpoint-6"]
     again = command(config_file, out, f"training.resume_from_checkpoint={out / 'checkpoint-6'}")
-    assert forks.run(again, die=r"os\.rename .*/\.saving/checkpoint-8 ")[0] == -signal.SIGKILL
+    assert forks.run(again, at=r"os\.rename .*/\.saving/checkpoint-8 ")[0] == -signal.SIGKILL
     assert not (out / "checkpoint-8").exists()
     assert resume(forks, config_file, out, whole)[1] == [8]
 
@@ -201,4 +201,22 @@ def test_a_machine_that_is_taken_away(
     assert "continue with the same command and training.resume_from_checkpoint=true" in running.output
     last = last_checkpoint(out)
     assert last is not None
+    assert resume(forks, config_file, out, whole)[1] == [int(last.name.removeprefix("checkpoint-"))]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_whoever_reads_its_output_is_gone_too(
+    number: int, forks: Forks, config_file: Path, whole: Whole, tmp_path: Path
+) -> None:
+    """As with ``fastalign train ... 2>&1 | tee log``, where Ctrl-C ends tee as well."""
+    out = tmp_path / "out"
+    running = forks.start(command(config_file, out))
+    running.wait_for("task_loss")
+    running.signal(signal.SIGSTOP)
+    running.stop_reading()
+    running.signal(number)
+    running.signal(signal.SIGCONT)
+    assert running.wait() == 1
+    last = last_checkpoint(out)
+    assert last is not None and json.loads((out / "summary.json").read_text(encoding="utf-8"))["interrupted"]
     assert resume(forks, config_file, out, whole)[1] == [int(last.name.removeprefix("checkpoint-"))]

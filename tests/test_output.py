@@ -26,18 +26,18 @@ def test_results_are_not_replaced_unasked(name: str, tmp_path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text("precious")
     with pytest.raises(ConfigError, match=r"holds results.*--overwrite"):
-        require_free_folder(tmp_path, allowed=False)
-    require_free_folder(tmp_path, allowed=True)
+        require_free_folder(tmp_path, overwrite=False)
+    require_free_folder(tmp_path, overwrite=True)
     assert path.read_text() == "precious"
 
 
 def test_a_config_that_somebody_wrote_is_a_result_and_ours_is_not(raw_config: dict, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: {name_or_path: x}  # my own\n")
     with pytest.raises(ConfigError, match=r"holds results \(config\.yaml\)"):
-        require_free_folder(tmp_path, allowed=False)
+        require_free_folder(tmp_path, overwrite=False)
     config = config_from_dict(raw_config)
     save_config(config, tmp_path / "config.yaml")
-    require_free_folder(tmp_path, allowed=False)
+    require_free_folder(tmp_path, overwrite=False)
     assert load_config(tmp_path / "config.yaml") == config
 
 
@@ -45,7 +45,7 @@ def test_a_config_that_somebody_wrote_is_a_result_and_ours_is_not(raw_config: di
 def test_another_model_is_left_alone_even_with_overwrite(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("precious")
     with pytest.raises(ConfigError, match="holds a model"):
-        require_free_folder(tmp_path, allowed=True)
+        require_free_folder(tmp_path, overwrite=True)
 
 
 def test_the_folder_of_the_base_model(raw_config: dict, model_dir: Path, tmp_path: Path) -> None:
@@ -69,17 +69,29 @@ def test_folders_that_cannot_be(tmp_path: Path) -> None:
         (tmp_path / ("x" * 300), "cannot"),
     ):
         with pytest.raises(ConfigError, match=said):
-            require_free_folder(folder, allowed=True)
+            require_free_folder(folder, overwrite=True)
 
 
 def test_clearing_removes_results_only(tmp_path: Path) -> None:
-    for name in ("checkpoint-3/x", "adapter_config.json", "notes.txt", "checkpoints/x"):
+    kept = {"notes.txt", "checkpoints", "checkpoint-12-backup", "checkpoint-notes.txt"}
+    for name in ("checkpoint-3/x", "adapter_config.json", "stopped.json", "notes.txt", "checkpoints/x"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    clear(tmp_path, keep_checkpoints=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "notes.txt", "checkpoints"}
-    clear(tmp_path, keep_checkpoints=False)
-    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "checkpoints"}
+    (tmp_path / "checkpoint-12-backup").mkdir()
+    (tmp_path / "checkpoint-notes.txt").write_text("x")
+    (tmp_path / "checkpoint-4").symlink_to(tmp_path / "checkpoint-12-backup")
+    clear(tmp_path, resumes=True)
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "checkpoint-3", "checkpoint-4", "adapter_config.json"}
+    clear(tmp_path, resumes=False)
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_a_config_that_somebody_wrote_is_kept_from_a_resume_too(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{}")
+    require_free_folder(tmp_path, overwrite=False, resumes=True)
+    (tmp_path / "config.yaml").write_text("training: {}")
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        require_free_folder(tmp_path, overwrite=False, resumes=True)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no flock")

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from fastalign.config import config_from_dict
 from fastalign.errors import ConfigError
+from fastalign.training.resume import require_same_run
 from fastalign.training.run import train
 
 
@@ -145,7 +146,20 @@ def test_a_checkpoint_that_does_not_say_is_taken_with_a_word(
     record.unlink()
     assert train(config_from_dict(raw))["steps"] == 8
     assert "settings and data are not compared" in capsys.readouterr().err
-    record.write_text("{")
-    raw["training"]["resume_from_checkpoint"] = str(record.parent)
-    with pytest.raises(ConfigError, match=r"run\.json cannot be read"):
-        train(config_from_dict(raw))
+    for text in (
+        "[]",
+        "{}",
+        '{"config": null, "data": {}, "ranks": 1}',
+        '{"config": {"task": 3}, "data": {}, "ranks": 1}',
+    ):
+        record.write_text(text)
+        with pytest.raises(ConfigError, match=r"run\.json cannot be read"):
+            require_same_run(record.parent, {"config": {}, "data": {}, "ranks": 1})
+
+
+def test_a_key_that_has_come_since_is_taken_as_its_default(raw: dict, tmp_path: Path) -> None:
+    record = tmp_path / "run" / "out" / "checkpoint-4" / "run.json"
+    saved = json.loads(record.read_text())
+    del saved["config"]["alignment"]["detach"]
+    record.write_text(json.dumps(saved))
+    assert train(config_from_dict(raw))["resumed_at"] == [4]

@@ -15,7 +15,7 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -29,8 +29,12 @@ SAVING = ".saving"  # what is being written
 DOOMED = ".deleting-"  # begins the name of what is being deleted
 REPLACED = ".replaced-"  # and of what is there until its replacement is
 NAME = re.compile(r"checkpoint-(\d+)")
-STATE, WEIGHTS = "trainer_state.json", "adapter_model.safetensors"
-# What torch's and safetensors' writers say when a disk is full; their errors carry no number.
+STATE, WEIGHTS, RECORD = "trainer_state.json", "adapter_model.safetensors", "run.json"
+# Full, or not to be written to any more; the last two are not on Windows.
+DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+DISK_ERRORS |= {getattr(errno, name) for name in ("EDQUOT", "ESTALE") if hasattr(errno, name)}
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust ends its messages: tokenizers raises a bare Exception
+# What torch's writer says when a disk is full; its errors carry no number.
 DISK_SIGNS = ("pytorchstreamwriter", "unexpected pos", "file write failed", "iostream error", "no space left")
 
 
@@ -75,14 +79,24 @@ def why_not_whole(checkpoint: Path) -> str | None:
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:
                     return f"{path.name} is damaged"
-    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-        return f"it is damaged or cut off ({str(error)[:150]})"
+        ranks = _ranks(checkpoint)
+        deepspeed = checkpoint / "latest"
+        if deepspeed.exists() and not (checkpoint / deepspeed.read_text(encoding="utf-8").strip()).is_dir():
+            return "the folder of DeepSpeed's states is missing"
+    except Exception as error:  # what is damaged makes the readers raise anything at all
+        return f"it is damaged or cut off ({type(error).__name__}: {str(error)[:150]})"
     names = {path.name for path in pickled}
-    if not any(name.startswith("rng_state") for name in names):
-        return "it has no random state"
-    if not (checkpoint / "latest").exists() and not {"optimizer.pt", "scheduler.pt"} <= names:
+    if "rng_state.pth" not in names and not {f"rng_state_{rank}.pth" for rank in range(ranks)} <= names:
+        return "it lacks random states"
+    if not deepspeed.exists() and not {"optimizer.pt", "scheduler.pt"} <= names:
         return "it has no optimizer and scheduler, so the run cannot go on exactly (training.save_only_model)"
     return None
+
+
+def _ranks(checkpoint: Path) -> int:
+    """Of the run that wrote it; 1 where it does not say."""
+    record = checkpoint / RECORD
+    return int(json.loads(record.read_text(encoding="utf-8"))["ranks"]) if record.exists() else 1
 
 
 def checkpoint_to_resume(config: Config) -> Path | None:
@@ -154,43 +168,63 @@ def staged(folder: Path, name: str) -> Iterator[Path]:
             raise
 
 
-def rotate(folder: Path, limit: int | None, best: str | None) -> None:
+def rotate(folder: Path, limit: int | None, newest: str, best: str | None) -> None:
     """Delete the oldest checkpoints beyond `limit`, but not the newest and not the best; as transformers does."""
     if not limit or limit < 0 or not _first():
         return
     found = sorted(checkpoints(folder), key=lambda path: (path.stat().st_mtime, step_of(path)))
-    kept = {found[-1], *(path for path in found if best and path.name == Path(best).name)}
+    kept = {path for path in found if path.name in (newest, Path(best or "").name)}
     for path in [path for path in found if path not in kept][: max(0, len(found) - max(limit, len(kept)))]:
-        doomed = folder / f"{DOOMED}{path.name}"
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        try:
+            delete(path)
+        except OSError as error:  # it only takes room
+            _say(f"{path} cannot be deleted ({error.strerror})")
+
+
+def delete(checkpoint: Path) -> None:
+    """Delete a checkpoint in such a way that it is none any more from the first moment on."""
+    doomed = checkpoint.with_name(f"{DOOMED}{checkpoint.name}")
+    checkpoint.rename(doomed)
+    if doomed.is_symlink():
+        doomed.unlink()
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def save_final(save_model: Callable[[str], None], folder: Path) -> None:
     """Write the adapter and its tokenizer into the output folder, each file whole; called on all ranks."""
     staging = folder / SAVING / "final"
-    save_model(str(staging))
-    _barrier()
-    if _first():
-        _flush(staging)
-        for path in sorted(staging.iterdir()):
-            target = folder / path.name
-            if path.name == "README.md" and target.exists():
-                continue  # a model card, perhaps one that was written by hand
-            if target.is_dir():
-                shutil.rmtree(target)
-            path.replace(target)
-        shutil.rmtree(folder / SAVING)
+    try:
+        save_model(str(staging))
+        _barrier()
+        if _first():
+            _flush(staging)
+            for path in sorted(staging.iterdir()):
+                target = folder / path.name
+                if path.name == "README.md" and target.exists():
+                    continue  # a model card, perhaps one that was written by hand
+                if target.is_dir():
+                    shutil.rmtree(target)
+                path.replace(target)
+            _flush_folder(folder)
+            shutil.rmtree(folder / SAVING)
+    except Exception:
+        shutil.rmtree(folder / SAVING, ignore_errors=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file of UTF-8 that is old or new, never half of it."""
     part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -198,22 +232,28 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """Turns a disk that is full, or gone, into a RunError with the last checkpoint."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
         if not _is_disk_error(error):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         free = gigabytes(shutil.disk_usage(folder).free)
+        place = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else str(folder)
         raise RunError(
-            f"cannot write to {str(folder)!r}: {reason[:150]} ({free} free there); make room; {how_to_continue(folder)}"
+            f"cannot write to {place!r}: {reason[:150]} ({free} free in {str(folder)!r}); make room; "
+            f"{how_to_continue(folder)}"
         ) from error
 
 
 def _is_disk_error(error: BaseException) -> bool:
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+        return error.errno in DISK_ERRORS
     if isinstance(error, FastalignError):
         return False
-    return isinstance(error, SafetensorError) or any(sign in str(error).lower() for sign in DISK_SIGNS)
+    number = OS_ERROR.search(str(error))
+    if number and int(number[1]) in DISK_ERRORS:
+        return True
+    signs = isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in DISK_SIGNS)
+    return isinstance(error, SafetensorError) or signs
 
 
 def _move(source: Path, target: Path) -> None:

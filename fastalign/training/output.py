@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -13,20 +12,23 @@ from typing import IO
 
 from fastalign.config import SAVED
 from fastalign.errors import ConfigError
+from fastalign.training.checkpoint import checkpoints, delete
 
-# What a run leaves, and a later one would replace; stopped.json says why one ended early.
-RESULTS = ("adapter_config.json", "adapter_model.safetensors", "summary.json", "stopped.json")
+# What a run leaves, and a later one would replace; of these, what tells how it ended.
+RESULTS = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json")
+REPORTS = ("summary.json", "stopped.json")
 # Of a model or adapter that somebody else has put there.
 FOREIGN = ("config.json", "model*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf")
 LOCK = ".fastalign.lock"
 
 
-def require_free_folder(folder: Path, allowed: bool, base: str = "") -> None:
+def require_free_folder(folder: Path, overwrite: bool, *, resumes: bool = False, base: str = "") -> None:
     """ConfigError where an output folder holds what may not be replaced, or cannot be written to.
 
     Args:
         folder: that will be written to.
-        allowed: results of an earlier run may be replaced.
+        overwrite: what an earlier run has left there may be replaced.
+        resumes: a run that has its checkpoints there goes on.
         base: name or folder of the base model.
     """
     where = f"training.output_dir: {str(folder)!r}"
@@ -38,18 +40,17 @@ def require_free_folder(folder: Path, allowed: bool, base: str = "") -> None:
         foreign = sorted(path.name for pattern in FOREIGN for path in folder.glob(pattern))
         if foreign:
             raise ConfigError(f"{where} holds a model ({foreign[0]}), which is left alone; choose another folder")
-        found = _results(folder) + ([folder / "config.yaml"] if _is_users(folder / "config.yaml") else [])
+        found = [] if resumes else _results(folder)
+        found += [folder / "config.yaml"] if _is_users(folder / "config.yaml") else []
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{where} cannot be used ({getattr(error, 'strerror', None) or error})") from None
-    if found and not allowed:
+    if found and not overwrite:
         raise ConfigError(
             f"{where} holds results ({found[0].name}); choose another folder, add --overwrite, or continue with "
             "training.resume_from_checkpoint=true"
         )
-    if os.environ.get("RANK", "0") != "0":
-        return  # the first rank tries for all
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,15 +71,16 @@ def _is_users(path: Path) -> bool:
 def _results(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return [*folder.glob("checkpoint-*"), *(folder / name for name in RESULTS if (folder / name).exists())]
+    return [*checkpoints(folder), *(folder / name for name in (*RESULTS, *REPORTS) if (folder / name).exists())]
 
 
-def clear(folder: Path, keep_checkpoints: bool) -> None:
-    """Remove the results of an earlier run, and nothing else."""
+def clear(folder: Path, resumes: bool) -> None:
+    """Remove the results of an earlier run, and nothing else; of one that goes on, only how it ended."""
     for path in _results(folder):
+        if resumes and path.name not in REPORTS:
+            continue  # replaced when there is something to replace it with
         if path.is_dir():
-            if not keep_checkpoints:
-                shutil.rmtree(path)
+            delete(path)
         else:
             path.unlink()
 
@@ -112,7 +114,16 @@ class Lock:
             ) from None
         except OSError as error:  # a file system without locks
             print(f"{self.folder} cannot be locked against a second run ({error.strerror})", file=sys.stderr)
+        if not self._is_there(file):  # the one before has removed it in the meantime
+            file.close()
+            return self.acquire()
         self._file = file
+
+    def _is_there(self, file: IO[str]) -> bool:
+        try:
+            return os.fstat(file.fileno()).st_ino == (self.folder / LOCK).stat().st_ino
+        except OSError:
+            return False
 
     def release(self) -> None:
         """Give it back; harmless when it is not held."""

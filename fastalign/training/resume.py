@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastalign.config import Config, config_to_dict
+from fastalign.config import Config, config_from_dict, config_to_dict
 from fastalign.errors import ConfigError
+from fastalign.training.checkpoint import RECORD
 
-RECORD = "run.json"
 SHOWN = 3  # differences that a message names
 
 # Where a run writes, how it reports, evaluates and saves, and how it trades memory for time.
@@ -43,7 +43,8 @@ def run_record(config: Config, files: Mapping[str, list[dict[str, Any]]], world_
         world_size: number of ranks.
     """
     data = {key: [file["sha256"] or file["name"] for file in files.get(key, [])] for key in DATA}
-    return {"config": config_to_dict(config), "data": data, "ranks": world_size}
+    record = {"config": config_to_dict(config), "data": data, "ranks": world_size}
+    return json.loads(json.dumps(record, default=str))  # as it is read back
 
 
 def require_same_run(checkpoint: Path, record: Mapping[str, Any]) -> list[str]:
@@ -53,12 +54,12 @@ def require_same_run(checkpoint: Path, record: Mapping[str, Any]) -> list[str]:
         ConfigError: something that decides what is learnt differs.
     """
     try:
-        saved = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+        before = _flat(_with_new_keys(json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))))
     except FileNotFoundError:
         return [f"{checkpoint} does not say what it was made with: settings and data are not compared"]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"training.resume_from_checkpoint: {checkpoint / RECORD} cannot be read ({error})") from None
-    before, now = _flat(saved), _flat(record)
+    now = _flat(record)
     differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     wrong = [key for key in differing if not _may_differ(key, now)]
     if wrong:
@@ -79,6 +80,14 @@ def _may_differ(key: str, now: Mapping[str, Any]) -> bool:
     if key == "model.name_or_path":
         return Path(now[key]).is_dir()  # it was moved
     return key in (*LENGTH, *STEP, *DATA) or any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE)
+
+
+def _with_new_keys(saved: dict[str, Any]) -> dict[str, Any]:
+    """A record with the defaults of keys that have come since."""
+    try:
+        return {**saved, "config": config_to_dict(config_from_dict(saved["config"]))}
+    except ConfigError:  # a key has gone: it differs
+        return saved
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:

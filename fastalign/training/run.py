@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -61,17 +62,14 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
     schedule = Schedule(config.schedule.mode, config.schedule.ratio)
     _require_data(config, schedule)
     with locked(config.output_dir) as lock:
-        restore(config.output_dir)
-        checkpoint = checkpoint_to_resume(config)
-        resumes = checkpoint is not None and checkpoint.resolve().parent == config.output_dir.resolve()
-        require_free_folder(config.output_dir, overwrite or resumes, config.model.name_or_path)
+        checkpoint, resumes = _begin(config, overwrite) if _is_first() else (None, False)
         text_config = load_model_config(config.model).get_text_config()
         layers = _layers(config, text_config.num_hidden_layers)
         tokenizer = load_tokenizer(config.model)
         inputs = read_inputs(config)
         config = replace(config, training=effective_training(config, inputs.can_evaluate))
         args = training_arguments(config.training)
-        found = gather_over_ranks([str(checkpoint or "")])[0]  # by the first rank, which has tidied up before it looked
+        found = gather_over_ranks([str(checkpoint or "")])[0]
         checkpoint = Path(found) if found else None
         if config.alignment.negatives == "world" and args.world_size > 1:
             raise ConfigError("alignment.negatives: world is not supported on several ranks yet; use rank")
@@ -100,9 +98,10 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
         _say([*_unused_gpus(args), *changes, *inputs.tally.lines(), *plan_lines(planned, streams)])
         with disk_errors(config.output_dir):
             config.output_dir.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
             if rank_and_world_size()[0] == 0:
-                clear(config.output_dir, keep_checkpoints=resumes)
+                lock.acquire()
+                require_free_folder(config.output_dir, overwrite, resumes=resumes)  # still
+                clear(config.output_dir, resumes)
                 write_text(config.output_dir / "config.yaml", config_text(config))
             if probe is not None and checkpoint is None:
                 trainer.add_callback(_MeasureBefore(trainer, probe))
@@ -113,7 +112,7 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
             save_final(trainer.save_model, config.output_dir)
             summary: dict[str, Any] = {
                 "output_dir": str(config.output_dir),
-                "interrupted": interrupt.interrupted,
+                "interrupted": interrupt.interrupted and trainer.state.global_step < trainer.state.max_steps,
                 "steps": trainer.state.global_step,
                 "seconds": time.perf_counter() - started,
                 **_peak_memory(args.device),
@@ -125,6 +124,20 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
             if rank_and_world_size()[0] == 0:
                 write_text(config.output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _is_first() -> bool:
+    """Whether this is the first rank, also before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _begin(config: Config, overwrite: bool) -> tuple[Path | None, bool]:
+    """The checkpoint to go on from, and whether it is one of this output folder, which is tidied up and checked."""
+    restore(config.output_dir)
+    checkpoint = checkpoint_to_resume(config)
+    resumes = checkpoint is not None and checkpoint.resolve().parent == config.output_dir.resolve()
+    require_free_folder(config.output_dir, overwrite, resumes=resumes, base=config.model.name_or_path)
+    return checkpoint, resumes
 
 
 def _trainer(model: torch.nn.Module, args: Any, **kwargs: Any) -> AlignTrainer:

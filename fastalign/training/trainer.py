@@ -26,12 +26,11 @@ from transformers import Trainer, TrainingArguments
 from fastalign.config import nearest
 from fastalign.errors import ConfigError
 from fastalign.streams.base import MicroBatch, Stream, gather_over_ranks, rank_and_world_size
-from fastalign.training.checkpoint import STATE, rotate, staged, write_text
+from fastalign.training.checkpoint import RECORD, STATE, rotate, staged, write_text
 from fastalign.training.failures import Moment, out_of_memory, stop_not_finite, stop_ruined_adapter
 from fastalign.training.memory import is_out_of_memory
 from fastalign.training.meter import StreamMeter
 from fastalign.training.plan import total_steps
-from fastalign.training.resume import RECORD
 from fastalign.training.schedule import Schedule
 from fastalign.training.zero import refuse_zero3, zero_term
 
@@ -221,15 +220,20 @@ class AlignTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
-            if self.state.best_model_checkpoint == str(staging / name):
-                self.state.best_model_checkpoint = str(self._folder / name)
+            best = self._folder / f"checkpoint-{self.state.best_global_step}"
+            if self.state.best_global_step and (best.name == name or best.exists()):  # not where it was, or is written
+                self.state.best_model_checkpoint = str(best)
             if self.args.should_save:
                 self.state.save_to_json(str(staging / name / STATE))
                 if self.record is not None:
                     write_text(staging / name / RECORD, json.dumps(self.record, indent=2) + "\n")
-        rotate(self._folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        rotate(self._folder, self.args.save_total_limit, name, self.state.best_model_checkpoint)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(self._folder / name))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # Under `save_strategy: best` the answer decides whether to save: also where an interrupt asked for it.
+        return super()._determine_best_metric(metrics, trial) or self.control.should_save
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
