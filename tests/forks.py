@@ -88,7 +88,8 @@ class Forks:
             argv: of the command line.
             **options: `at`, a regular expression: it kills itself before the operation on files that matches, as
                 `_watch` spells it; `nth` (1): before the nth that does. `file_size`: then it goes on instead, but as
-                on a disk that is full once a file has that many bytes. `trace`: a file to list the operations in.
+                on a disk that is full once a file has that many bytes. `pause`: then it says so instead, and sleeps
+                for so many seconds. `trace`: a file to list the operations in.
         """
         self._count += 1
         path = self._folder / f"{self._count}.pipe"
@@ -137,6 +138,7 @@ def _run(
     at: str | None = None,
     nth: int = 1,
     file_size: int | None = None,
+    pause: float | None = None,
     trace: str | None = None,
 ) -> NoReturn:
     """In the forked process: the command line, from the first to the last thing that a process does."""
@@ -150,7 +152,7 @@ def _run(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if at or trace:
-        _watch(re.compile(at or "^$"), nth, file_size, trace)
+        _watch(re.compile(at or "^$"), nth, file_size, pause, trace)
     code = 70
     try:
         code = main(argv)
@@ -161,8 +163,8 @@ def _run(
         os._exit(code)
 
 
-def _watch(at: re.Pattern[str], nth: int, file_size: int | None, trace: str | None) -> None:
-    """Before each operation on files: write it down as ``os.rename /a /b``; die, or fill the disk, where it says so."""
+def _watch(at: re.Pattern[str], nth: int, file_size: int | None, pause: float | None, trace: str | None) -> None:
+    """Before each operation on files: write it down as ``os.rename /a /b``; do what `Forks.start` asked for."""
     import resource
 
     import torch
@@ -177,10 +179,16 @@ def _watch(at: re.Pattern[str], nth: int, file_size: int | None, trace: str | No
         text = " ".join([event, *(os.fspath(arg) for arg in args if isinstance(arg, (str, os.PathLike)))])
         if out is not None:
             os.write(out, f"{text}\n".encode())
-        count += at.search(text) is not None
-        if count == nth and file_size is None:
+        found = at.search(text)
+        count += found is not None
+        if not found or count != nth:
+            return
+        if pause is not None:
+            print("paused", flush=True)
+            time.sleep(pause)
+        elif file_size is None:
             os.kill(os.getpid(), signal.SIGKILL)
-        elif count == nth:
+        else:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails, as on a full disk
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
 

@@ -125,7 +125,8 @@ AIMED: dict[str, tuple[str, list[int]]] = {
 
 
 @pytest.mark.parametrize(
-    "name", [name if "is moved" in name else pytest.param(name, marks=pytest.mark.slow) for name in AIMED]
+    "name",
+    [name if name == "before a checkpoint is moved" else pytest.param(name, marks=pytest.mark.slow) for name in AIMED],
 )
 def test_killed_at_the_worst_moment(name: str, forks: Forks, config_file: Path, whole: Whole, tmp_path: Path) -> None:
     at, resumed_at = AIMED[name]
@@ -188,7 +189,7 @@ def test_killed_while_a_checkpoint_takes_the_place_of_another(
     assert resume(forks, config_file, out, whole)[1] == [8]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_machine_that_is_taken_away(
     number: int, forks: Forks, config_file: Path, whole: Whole, tmp_path: Path
 ) -> None:
@@ -196,6 +197,7 @@ def test_a_machine_that_is_taken_away(
     running = forks.start(command(config_file, out))
     running.wait_for("task_loss")
     running.signal(number)
+    running.signal(number)  # a terminal that closes does so
     assert running.wait() == 1
     assert f"{signal.Signals(number).name}: finishing this step" in running.output
     assert "continue with the same command and training.resume_from_checkpoint=true" in running.output
@@ -204,7 +206,7 @@ def test_a_machine_that_is_taken_away(
     assert resume(forks, config_file, out, whole)[1] == [int(last.name.removeprefix("checkpoint-"))]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_whoever_reads_its_output_is_gone_too(
     number: int, forks: Forks, config_file: Path, whole: Whole, tmp_path: Path
 ) -> None:
@@ -220,3 +222,19 @@ def test_whoever_reads_its_output_is_gone_too(
     last = last_checkpoint(out)
     assert last is not None and json.loads((out / "summary.json").read_text(encoding="utf-8"))["interrupted"]
     assert resume(forks, config_file, out, whole)[1] == [int(last.name.removeprefix("checkpoint-"))]
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_stops_at_once_and_loses_no_checkpoint(
+    forks: Forks, config_file: Path, whole: Whole, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    running = forks.start(command(config_file, out), at=r"open .*/\.saving/checkpoint-4/adapter_config", pause=30)
+    running.wait_for("paused")
+    running.signal(signal.SIGINT)
+    running.wait_for("SIGINT: finishing this step")
+    time.sleep(1.1)  # sooner it is not meant so
+    running.signal(signal.SIGINT)
+    assert running.wait(timeout=20) == 1 and "fastalign: interrupted" in running.output
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-2"]
+    assert resume(forks, config_file, out, whole)[1] == [2]

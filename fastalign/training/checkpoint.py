@@ -236,6 +236,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
         if not _is_disk_error(error):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        if isinstance(error, RuntimeError):  # torch's words for it are about positions
+            reason = f"the disk did not take all of a file ({reason})"
         free = gigabytes(shutil.disk_usage(folder).free)
         place = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else str(folder)
         raise RunError(
