@@ -41,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FastalignError as error:
         return _fail(str(error), 2, first_rank)
     except KeyboardInterrupt:
-        return _fail("interrupted", 1, first_rank)
+        return _fail("interrupted; training.resume_from_checkpoint=true goes on where there is one", 1, first_rank)
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (MemoryError, RuntimeError) as error:
         from fastalign.training.memory import first_line, is_out_of_memory
 

@@ -63,6 +63,12 @@ def require_free_folder(folder: Path, overwrite: bool, *, resumes: bool = False,
         raise ConfigError(f"training.output_dir: cannot write to {str(folder)!r} ({error.strerror})") from None
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether a run of ours has begun in a folder and not come to its end."""
+    settings = folder / "config.yaml"
+    return settings.is_file() and not _is_users(settings) and not (folder / "summary.json").exists()
+
+
 def _is_users(path: Path) -> bool:
     """Whether somebody has written this config.yaml by hand."""
     return path.is_file() and not path.read_bytes().startswith(SAVED.encode())

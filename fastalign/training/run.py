@@ -26,11 +26,19 @@ from fastalign.model.loading import add_adapter, load_model, load_model_config, 
 from fastalign.probing.retrieval import choose_pairs, retrieval
 from fastalign.streams.base import gather_over_ranks, rank_and_world_size
 from fastalign.training.arguments import effective_training, training_arguments
-from fastalign.training.checkpoint import checkpoint_to_resume, disk_errors, restore, save_final, write_text
+from fastalign.training.checkpoint import (
+    checkpoint_to_resume,
+    checkpoints,
+    disk_errors,
+    restore,
+    save_final,
+    step_of,
+    write_text,
+)
 from fastalign.training.inputs import Inputs, build_streams, read_inputs, sentence_tokenizer
 from fastalign.training.interrupt import SaveOnInterrupt
 from fastalign.training.memory import first_line, free_bytes, gigabytes, is_out_of_memory
-from fastalign.training.output import clear, locked, require_free_folder
+from fastalign.training.output import clear, is_unfinished, locked, require_free_folder
 from fastalign.training.plan import plan, plan_lines, total_steps
 from fastalign.training.record import device_name, kernels, versions
 from fastalign.training.resume import require_same_run, run_record
@@ -135,7 +143,14 @@ def _begin(config: Config, overwrite: bool) -> tuple[Path | None, bool]:
     """The checkpoint to go on from, and whether it is one of this output folder, which is tidied up and checked."""
     restore(config.output_dir)
     checkpoint = checkpoint_to_resume(config)
-    resumes = checkpoint is not None and checkpoint.resolve().parent == config.output_dir.resolve()
+    if checkpoint is None:  # killed before the first one: what it left is not finished
+        wanted = config.training.get("resume_from_checkpoint") is True
+        resumes = wanted and is_unfinished(config.output_dir)
+    else:
+        resumes = checkpoint.resolve().parent == config.output_dir.resolve()
+        newer = [path.name for path in checkpoints(checkpoint.parent) if step_of(path) > step_of(checkpoint)]
+        if resumes and newer:
+            _say([f"{listed(newer)} are newer; training.resume_from_checkpoint=true would go on from there"])
     require_free_folder(config.output_dir, overwrite, resumes=resumes, base=config.model.name_or_path)
     return checkpoint, resumes
 
