@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastalign.errors import ConfigError as ConfigError
     from fastalign.errors import DataError as DataError
     from fastalign.errors import ModelError as ModelError
+    from fastalign.errors import RunError as RunError
     from fastalign.model.early_exit import early_exit as early_exit
     from fastalign.model.early_exit import hidden_at as hidden_at
     from fastalign.model.encode import encode as encode
@@ -28,6 +29,7 @@ _HOMES = {
     "ConfigError": "fastalign.errors",
     "DataError": "fastalign.errors",
     "ModelError": "fastalign.errors",
+    "RunError": "fastalign.errors",
     "early_exit": "fastalign.model.early_exit",
     "hidden_at": "fastalign.model.early_exit",
     "encode": "fastalign.model.encode",

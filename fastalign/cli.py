@@ -15,6 +15,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from fastalign.config import SECTIONS, TRAINING_DEFAULTS, describe, load_config
@@ -169,11 +170,14 @@ def _train_table(summary: Summary) -> str:
             f"{row['tokens']:>12,}{row['seconds']:>10.1f}"
         )
     if "retrieval" in summary:
-        before, after = summary["retrieval"]["before"], summary["retrieval"]["after"]
+        after = summary["retrieval"]["after"]
+        before = summary["retrieval"].get("before", {"mean": None, "languages": {}})
         lines += ["", f"retrieval at layer {summary['layer']}, %", f"{'language':<12}{'before':>8}{'after':>12}"]
-        for language, score in before["languages"].items():
-            lines.append(f"{language:<12}{100 * score:>8.1f}{100 * after['languages'][language]:>12.1f}")
-        lines.append(f"{'mean':<12}{100 * before['mean']:>8.1f}{100 * after['mean']:>12.1f}")
+        rows = {**after["languages"], "mean": after["mean"]}
+        scores = {**before["languages"], "mean": before["mean"]}
+        for language, score in rows.items():
+            start = scores.get(language)
+            lines.append(f"{language:<12}{'-' if start is None else f'{100 * start:.1f}':>8}{100 * score:>12.1f}")
     lines += [
         "",
         f"{summary['steps']} steps in {summary['seconds']:.0f} s, "
@@ -181,7 +185,9 @@ def _train_table(summary: Summary) -> str:
         f"results in {summary['output_dir']}",
     ]
     if summary["interrupted"]:
-        lines.append("interrupted; continue with the same command and training.resume_from_checkpoint=true")
+        from fastalign.training.checkpoint import how_to_continue
+
+        lines.append(f"interrupted; {how_to_continue(Path(summary['output_dir']))}")
     return "\n".join(lines)
 
 

@@ -58,8 +58,9 @@ def demo(out: str | Path, *, seed: int = 2, overwrite: bool = False) -> dict[str
     out = Path(out)
     for folder in (out, *(out / arm for arm in ARMS)):
         require_free_folder(folder, overwrite)
-    if (out / "demo.json").exists() and not overwrite:
-        raise ConfigError(f"--out: {str(out)!r} holds an earlier demo; choose another folder or add --overwrite")
+    found = [name for name in ("demo.json", "model", "data") if (out / name).exists()]
+    if found and not overwrite:
+        raise ConfigError(f"--out: {str(out)!r} holds {found[0]}; choose another folder or add --overwrite")
     out.mkdir(parents=True, exist_ok=True)
     files = demo_corpus.write(out / "data", seed=seed)
     _say("a tiny model reads plain text in", ", ".join(demo_corpus.LANGUAGES))
@@ -69,6 +70,8 @@ def demo(out: str | Path, *, seed: int = 2, overwrite: bool = False) -> dict[str
     for arm, mode in ARMS.items():
         _say(f"{TASK_STEPS} updates on English commands,", "no alignment" if mode == "task_only" else "with alignment")
         summary = train(_config(out, files, arm, mode, seed), overwrite=True)
+        if summary["interrupted"]:  # the arms would not have had equally many updates
+            raise KeyboardInterrupt
         _say("commands in all languages, from the test set")
         result["arms"][arm] = {"retrieval": summary["retrieval"], "intent_accuracy": _test(out, files, arm)}
     result["seconds"] = time.perf_counter() - started

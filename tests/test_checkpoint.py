@@ -8,8 +8,10 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from fastalign.config import config_from_dict
@@ -270,6 +272,26 @@ def test_the_best_checkpoint_is_known_by_its_final_name(raw_config: dict, tmp_pa
         tmp_path / "out" / "adapter_model.safetensors"
     ).read_bytes()
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_a_checkpoint_is_pushed_to_a_hub_from_its_final_place(
+    raw_config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed = []
+
+    class AskToPush(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            args.push_to_hub = True
+
+    monkeypatch.setattr(
+        Trainer, "_push_from_checkpoint", lambda _, folder: pushed.append((folder, Path(folder).exists()))
+    )
+    monkeypatch.setattr(Trainer, "_finish_current_push", lambda _: None)
+    monkeypatch.setattr(Trainer, "push_to_hub", lambda *_, **__: None)
+    raw = copy.deepcopy(raw_config)
+    raw["training"] |= {"save_strategy": "steps", "save_steps": 2}
+    train(config_from_dict(raw), callbacks=[AskToPush()])
+    assert pushed == [(str(tmp_path / "out" / f"checkpoint-{step}"), True) for step in (2, 4)]
 
 
 def test_the_final_results_leave_a_readme_alone(tmp_path: Path) -> None:

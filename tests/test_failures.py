@@ -121,6 +121,25 @@ def test_weights_that_an_update_ruined_are_not_saved(raw_config: dict, tmp_path:
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+def test_a_ruined_adapter_is_no_result_either(raw_config: dict, tmp_path: Path) -> None:
+    class Ruin(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                next(p for p in model.parameters() if p.requires_grad).data[0, 0] = torch.inf
+
+    with pytest.raises(RunError, match="no longer finite after step 4"):
+        train(config_from_dict(raw_config), callbacks=[Ruin()])
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_in_a_joint_step_the_stream_whose_loss_it_was_is_blamed(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(TaskStream, "loss", at(2, TaskStream.loss, lambda loss: loss * torch.nan))
+    line = stop(capsys, config_file, "schedule.mode=joint")
+    assert "the loss of the task stream at step 2" in line and "task.jsonl" in line
+
+
 def out_of_memory(*_: Any, **__: Any) -> Any:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has a total capacity of 8 GiB")
 
@@ -184,6 +203,11 @@ def test_out_of_memory_elsewhere(
         patch.setattr(run_module, "load_model", out_of_memory)
         line = stop(capsys, config_file, "--overwrite")
         assert "while loading the base model" in line and "quantization: nf4" in line
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module._MeasureBefore, "on_train_begin", lambda *_, **__: None)
+        patch.setattr(run_module, "retrieval", out_of_memory)
+        line = stop(capsys, config_file, "--overwrite")
+        assert "after the training" in line and "adapter is saved" in line
     with monkeypatch.context() as patch:
         patch.setattr(AlignTrainer, "save_model", out_of_memory)
         assert "out of memory" in stop(capsys, config_file, "--overwrite")

@@ -80,9 +80,11 @@ def test_clearing_removes_results_only(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-12-backup").mkdir()
     (tmp_path / "checkpoint-notes.txt").write_text("x")
     (tmp_path / "checkpoint-4").symlink_to(tmp_path / "checkpoint-12-backup")
-    clear(tmp_path, resumes=True)
+    clear(tmp_path, from_step=9)
     assert {path.name for path in tmp_path.iterdir()} == {*kept, "checkpoint-3", "checkpoint-4", "adapter_config.json"}
-    clear(tmp_path, resumes=False)
+    clear(tmp_path, from_step=3)
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "checkpoint-3", "adapter_config.json"}
+    clear(tmp_path, from_step=None)
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 

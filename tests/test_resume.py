@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from fastalign.config import config_from_dict
-from fastalign.errors import ConfigError
-from fastalign.training.resume import require_same_run
+from fastalign.errors import ConfigError, RunError
+from fastalign.streams.alignment import AlignmentStream
+from fastalign.training.resume import require_same_run, run_record
 from fastalign.training.run import train
+from fastalign.training.trainer import AlignTrainer
 
 
 class Stop(TrainerCallback):
@@ -60,7 +62,7 @@ def raw(stopped: dict, tmp_path: Path) -> dict:
     ("section", "key", "value", "said"),
     [
         ("training", "learning_rate", 1e-3, "training.learning_rate was 0.01, now 0.001"),
-        ("training", "seed", 7, "training.seed was null, now 7"),
+        ("training", "seed", 7, "training.seed was 42, now 7"),
         ("training", "weight_decay", 0.1, "training.weight_decay"),
         ("training", "lr_scheduler_type", "linear", "training.lr_scheduler_type"),
         ("training", "per_device_train_batch_size", 2, "rows of the task in a step was 4, now 2"),
@@ -131,6 +133,93 @@ def test_after_out_of_memory_smaller_micro_batches_go_on(stopped: dict, raw: dic
     moved = max(float(tensor.abs().max()) for name, tensor in results[0].items() if "lora_B" in name)
     for name, tensor in results[0].items():
         assert float((tensor - results[1][name]).abs().max()) < 1e-5 * moved, name
+
+
+@pytest.mark.parametrize(
+    ("key", "default"),
+    [
+        ("max_grad_norm", 1.0),
+        ("seed", 42),
+        ("bf16", False),
+        ("fp16", False),
+        ("weight_decay", 0.0),
+        ("adam_beta1", 0.9),
+    ],
+)
+def test_a_default_that_is_spelled_out_is_no_difference(key: str, default: Any, raw: dict) -> None:
+    raw["training"][key] = default
+    assert train(config_from_dict(raw))["resumed_at"] == [4]
+
+
+def test_logs_evaluations_and_checkpoints_come_as_they_are_asked_for_now(raw: dict, tmp_path: Path) -> None:
+    raw["training"] |= {"max_steps": 12, "save_steps": 3, "logging_steps": 5, "eval_strategy": "steps", "eval_steps": 4}
+    train(config_from_dict(raw))
+    state = json.loads((tmp_path / "run" / "out" / "checkpoint-12" / "trainer_state.json").read_text())
+    log = [entry for entry in state["log_history"] if entry["step"] > 4]
+    assert [entry["step"] for entry in log if "eval_task_loss" in entry] == [8, 12]
+    assert [entry["step"] for entry in log if "learning_rate" in entry] == [5, 10]
+    assert {path.name for path in (tmp_path / "run" / "out").glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-12"}
+
+
+def test_from_an_older_checkpoint_only_where_the_newer_ones_may_go(raw: dict, tmp_path: Path) -> None:
+    out = tmp_path / "run" / "out"
+    raw["training"] |= {"save_steps": 2, "save_total_limit": 9}
+    train(config_from_dict(raw))
+    raw["training"]["resume_from_checkpoint"] = str(out / "checkpoint-6")
+    with pytest.raises(ConfigError, match=r"not the newest; .* --overwrite, which removes checkpoint-8"):
+        train(config_from_dict(raw))
+    assert (out / "checkpoint-8").is_dir() and (out / "summary.json").exists()
+    raw["training"]["max_steps"] = 7
+    assert train(config_from_dict(raw), overwrite=True)["steps"] == 7
+    assert {path.name for path in out.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (4, 6, 7)}
+
+
+def test_the_settings_of_deepspeed_count_by_their_content(tmp_path: Path) -> None:
+    records = []
+    for name, stage in (("a.json", 1), ("b.json", 1), ("b.json", 2)):
+        (tmp_path / name).write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        config = config_from_dict({"training": {"deepspeed": str(tmp_path / name)}})
+        records.append(run_record(config, {}, 1))
+    (tmp_path / "run.json").write_text(json.dumps(records[0]))
+    assert require_same_run(tmp_path, records[1]) == []
+    with pytest.raises(ConfigError, match=r"training\.deepspeed"):
+        require_same_run(tmp_path, records[2])
+
+
+def test_a_finished_run_in_a_moved_folder_keeps_its_best_adapter(raw: dict, tmp_path: Path) -> None:
+    best = {
+        "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_task_loss", "greater_is_better": True, "save_total_limit": 9,
+    }  # fmt: skip
+    raw["training"] |= best
+    train(config_from_dict(raw))
+    saved = (tmp_path / "run" / "out" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "run" / "out").rename(tmp_path / "elsewhere")
+    raw["training"]["output_dir"] = str(tmp_path / "elsewhere")
+    summary = train(config_from_dict(raw))
+    assert (tmp_path / "elsewhere" / "adapter_model.safetensors").read_bytes() == saved
+    assert saved != (tmp_path / "elsewhere" / "checkpoint-8" / "adapter_model.safetensors").read_bytes()
+    assert summary["steps"] == 8
+
+
+def test_a_trainer_that_was_stopped_can_be_asked_again(raw_config: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook: nothing of the step that broke is left."""
+    trainers: list[Any] = []
+
+    plain = AlignTrainer.train
+    monkeypatch.setattr(AlignTrainer, "train", lambda self, *a, **k: (trainers.append(self), plain(self, *a, **k))[1])
+    loss = AlignmentStream.loss
+
+    def burst(*_: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AlignmentStream, "loss", burst)
+        with pytest.raises(RunError):
+            train(config_from_dict(raw_config))
+    assert AlignmentStream.loss is loss
+    trainers[0].train()
+    assert {name: len(losses) for name, losses in trainers[0].meter.losses.items()} == {"task": 2, "alignment": 2}
 
 
 def test_a_longer_run_is_said(raw: dict, capsys: pytest.CaptureFixture) -> None:

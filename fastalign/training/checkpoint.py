@@ -86,10 +86,10 @@ def why_not_whole(checkpoint: Path) -> str | None:
     except Exception as error:  # what is damaged makes the readers raise anything at all
         return f"it is damaged or cut off ({type(error).__name__}: {str(error)[:150]})"
     names = {path.name for path in pickled}
-    if "rng_state.pth" not in names and not {f"rng_state_{rank}.pth" for rank in range(ranks)} <= names:
-        return "it lacks random states"
     if not deepspeed.exists() and not {"optimizer.pt", "scheduler.pt"} <= names:
         return "it has no optimizer and scheduler, so the run cannot go on exactly (training.save_only_model)"
+    if "rng_state.pth" not in names and not {f"rng_state_{rank}.pth" for rank in range(ranks)} <= names:
+        return "it lacks random states"
     return None
 
 

@@ -68,7 +68,7 @@ class StreamMeter(TrainerCallback, ExportableState):
         """
         world_size = rank_and_world_size()[1]
         bad: list[NotFinite] = []
-        for stream, steps in sorted(self._steps.items()):
+        for stream, steps in self._steps.items():  # in the order in which they run
             if not steps:
                 continue
             local = [step.loss_value() for step in steps]
@@ -91,7 +91,7 @@ class StreamMeter(TrainerCallback, ExportableState):
             fresh["tokens"] += tokens
             fresh["seconds"] += seconds
             steps.clear()
-        return min(bad, key=lambda found: found.step, default=None)
+        return min(bad, key=lambda found: (found.step, found.what != "loss"), default=None)
 
     def report(self) -> dict[str, float]:
         """Metrics for the log, of what was settled since the last report."""
@@ -128,7 +128,8 @@ class StreamMeter(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A resumed run takes up the history of its checkpoint."""
+        """A resumed run takes up the history of its checkpoint; another one begins with none."""
+        self._steps, self.losses, self.totals, self.unlogged, self.notes = {}, {}, {}, {}, {}
         saved = state.stateful_callbacks.get(type(self).__name__)
         if saved and state.global_step > 0:
             for name, value in saved["attributes"].items():

@@ -12,7 +12,7 @@ from typing import IO
 
 from fastalign.config import SAVED
 from fastalign.errors import ConfigError
-from fastalign.training.checkpoint import checkpoints, delete
+from fastalign.training.checkpoint import checkpoints, delete, step_of
 
 # What a run leaves, and a later one would replace; of these, what tells how it ended.
 RESULTS = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -80,11 +80,17 @@ def _results(folder: Path) -> list[Path]:
     return [*checkpoints(folder), *(folder / name for name in (*RESULTS, *REPORTS) if (folder / name).exists())]
 
 
-def clear(folder: Path, resumes: bool) -> None:
-    """Remove the results of an earlier run, and nothing else; of one that goes on, only how it ended."""
+def clear(folder: Path, from_step: int | None) -> None:
+    """Remove the results of an earlier run, and nothing else.
+
+    Args:
+        from_step: of the checkpoint from which it goes on: older ones stay, and so do its other results until there
+            are new ones. None: it does not go on.
+    """
     for path in _results(folder):
-        if resumes and path.name not in REPORTS:
-            continue  # replaced when there is something to replace it with
+        older = path.is_dir() and from_step is not None and step_of(path) <= from_step
+        if older or (from_step is not None and path.name in RESULTS):
+            continue
         if path.is_dir():
             delete(path)
         else:

@@ -5,11 +5,16 @@ What a checkpoint was made with is in its ``run.json``. Settings that change not
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
+import functools
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainerCallback
 
 from fastalign.config import Config, config_from_dict, config_to_dict
 from fastalign.errors import ConfigError
@@ -24,12 +29,15 @@ FREE = (
     "training.per_device_eval_batch_size", "training.metric_for_best_model", "training.greater_is_better",
     "training.load_best_model_at_end", "training.save_*", "training.push_to_hub", "training.hub_*",
     "training.dataloader_*", "training.gradient_checkpointing*", "training.activation_checkpointing*",
-    "training.ddp_timeout", "training.skip_memory_metrics", "training.include_*", "training.trackio_*",
+    "training.ddp_timeout", "training.ddp_bucket_cap_mb", "training.ddp_backend", "training.debug",
+    "training.prediction_loss_only", "training.batch_eval_metrics", "training.skip_memory_metrics",
+    "training.include_*", "training.trackio_*",
     "alignment.micro_batch_size", "alignment.eval_pairs", "alignment.preset", "model.trust_remote_code",
 )  # fmt: skip
 LENGTH = ("training.max_steps", "training.num_train_epochs")  # may differ, and is said
 STEP = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")  # their product counts
 DATA = ("task.data", "alignment.data")  # counts by content
+FLAGS = ("training.bf16", "training.fp16", "training.tf32")  # null is false
 # The files themselves may differ; whether there are any decides what is left to train on.
 HELD_OUT = ("task.eval_data", "alignment.eval_data")
 
@@ -44,6 +52,9 @@ def run_record(config: Config, files: Mapping[str, list[dict[str, Any]]], world_
     """
     data = {key: [file["sha256"] or file["name"] for file in files.get(key, [])] for key in DATA}
     record = {"config": config_to_dict(config), "data": data, "ranks": world_size}
+    deepspeed = config.training.get("deepspeed")
+    if isinstance(deepspeed, str) and Path(deepspeed).is_file():
+        record["config"]["training"]["deepspeed"] = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
     return json.loads(json.dumps(record, default=str))  # as it is read back
 
 
@@ -93,13 +104,45 @@ def _with_new_keys(saved: dict[str, Any]) -> dict[str, Any]:
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as ``section.key``; what counts by its content or as a product is under a name of its own."""
     flat = {f"{section}.{key}": value for section, keys in record["config"].items() for key, value in keys.items()}
+    for name, default in _training_defaults().items():
+        flat.setdefault(f"training.{name}", default)
+    for key in FLAGS:
+        flat[key] = flat[key] or False
     for key in HELD_OUT:
         flat[key] = "given" if flat.get(key) else None
     for key, digests in record["data"].items():
         flat[f"content of {key}"] = digests
-    flat["rows of the task in a step"] = (flat.get(STEP[0]) or 8) * (flat.get(STEP[1]) or 1)  # transformers' defaults
+    flat["rows of the task in a step"] = flat[STEP[0]] * flat[STEP[1]]
     flat["ranks"] = record["ranks"]
     return flat
+
+
+@functools.cache
+def _training_defaults() -> dict[str, Any]:
+    """Of `transformers.TrainingArguments`: spelled out or left out is the same."""
+    from transformers import TrainingArguments
+
+    fields = [field for field in dataclasses.fields(TrainingArguments) if field.init]
+    values = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in fields
+    }
+    return json.loads(json.dumps(values, default=str))
+
+
+class TakeUp(TrainerCallback):
+    """What a resumed run takes from its present settings, though its checkpoint has it too: rhythm and place."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Logs, evaluations and checkpoints come as they are asked for now; the best one is where the folder is now."""
+        state.compute_steps(args, state.max_steps)
+        if state.best_global_step:
+            best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+            if best.exists():
+                state.best_model_checkpoint = str(best)
+            elif args.load_best_model_at_end and args.process_index == 0:
+                print(f"{best}, the best checkpoint so far, is gone; the best one from here on counts", file=sys.stderr)
+                state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
 def _short(value: Any) -> str:

@@ -86,6 +86,10 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
         steps = total_steps(schedule, streams, args)
         record = run_record(config, inputs.tally.as_dict()["files"], args.world_size)
         changes = require_same_run(checkpoint, record) if checkpoint else []
+        if checkpoint and step_of(checkpoint) >= steps:
+            changes.append(f"{checkpoint} has all of the {steps} steps: there is nothing left to train")
+        if args.save_only_model:
+            changes.append("training.save_only_model: no checkpoint of this run can be continued from")
 
         set_seed(args.seed)
         model = _load(config, args.device)
@@ -109,7 +113,7 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
             if rank_and_world_size()[0] == 0:
                 lock.acquire()
                 require_free_folder(config.output_dir, overwrite, resumes=resumes)  # still
-                clear(config.output_dir, resumes)
+                clear(config.output_dir, step_of(checkpoint) if resumes and checkpoint else None)
                 write_text(config.output_dir / "config.yaml", config_text(config))
             if probe is not None and checkpoint is None:
                 trainer.add_callback(_MeasureBefore(trainer, probe))
@@ -117,6 +121,7 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             finally:
                 interrupt.release()
+            trainer.require_finite_adapter()
             save_final(trainer.save_model, config.output_dir)
             summary: dict[str, Any] = {
                 "output_dir": str(config.output_dir),
@@ -126,7 +131,7 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
                 **_peak_memory(args.device),
                 "layer": layers[0] if len(layers) == 1 else layers,
                 "streams": trainer.meter.summary(),
-                **_results(trainer, probe),
+                **_measured(trainer, probe),
                 **_record(config, trainer, inputs, planned),
             }
             if rank_and_world_size()[0] == 0:
@@ -149,8 +154,11 @@ def _begin(config: Config, overwrite: bool) -> tuple[Path | None, bool]:
     else:
         resumes = checkpoint.resolve().parent == config.output_dir.resolve()
         newer = [path.name for path in checkpoints(checkpoint.parent) if step_of(path) > step_of(checkpoint)]
-        if resumes and newer:
-            _say([f"{listed(newer)} are newer; training.resume_from_checkpoint=true would go on from there"])
+        if resumes and newer and config.training.get("resume_from_checkpoint") is not True and not overwrite:
+            raise ConfigError(
+                f"training.resume_from_checkpoint: {str(checkpoint)!r} is not the newest; to go on from it add "
+                f"--overwrite, which removes {listed(newer)}, or set it to true"
+            )
     require_free_folder(config.output_dir, overwrite, resumes=resumes, base=config.model.name_or_path)
     return checkpoint, resumes
 
@@ -196,11 +204,20 @@ def _load(config: Config, device: torch.device) -> torch.nn.Module:
         ) from error
 
 
-def _results(trainer: AlignTrainer, probe: Probe | None) -> dict[str, Any]:
+def _measured(trainer: AlignTrainer, probe: Probe | None) -> dict[str, Any]:
     """Retrieval before and after, and the last evaluation: of the step whose adapter is saved."""
     results: dict[str, Any] = {}
     if probe is not None:
-        results["retrieval"] = {**trainer.meter.notes.get("retrieval", {}), "after": probe(trainer.model_wrapped)}
+        try:
+            after = probe(trainer.model_wrapped)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(
+                f"out of memory while retrieval was measured after the training ({first_line(error)}); the adapter is "
+                f"saved in {str(trainer.args.output_dir)!r}, only summary.json is missing"
+            ) from error
+        results["retrieval"] = {**trainer.meter.notes.get("retrieval", {}), "after": after}
     evaluated = [entry for entry in trainer.state.log_history if "eval_runtime" in entry]
     if trainer.args.load_best_model_at_end:
         evaluated = [entry for entry in evaluated if entry["step"] == trainer.state.best_global_step]

@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,6 +32,7 @@ from fastalign.training.failures import Moment, out_of_memory, stop_not_finite, 
 from fastalign.training.memory import is_out_of_memory
 from fastalign.training.meter import StreamMeter
 from fastalign.training.plan import total_steps
+from fastalign.training.resume import TakeUp
 from fastalign.training.schedule import Schedule
 from fastalign.training.zero import refuse_zero3, zero_term
 
@@ -99,6 +101,9 @@ class AlignTrainer(Trainer):
                 f"{', '.join('eval_' + name for name in known)}"
             )
         refuse_zero3(bool(args.deepspeed))
+        options: Any = args.gradient_checkpointing_kwargs or {}
+        if args.world_size > 1 and options.get("use_reentrant"):
+            raise ConfigError("training.gradient_checkpointing_kwargs: use_reentrant cannot work on several ranks")
         self.streams, self.schedule, self.retrieval = dict(streams), schedule, retrieval
         self.meter = StreamMeter(args.device, scaled=args.fp16)
         self.record = record
@@ -110,7 +115,7 @@ class AlignTrainer(Trainer):
         args.max_steps = total_steps(schedule, self.streams, args)
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs need a launcher: threads cannot share a model that exits early
         args.ddp_find_unused_parameters = False  # zero_term uses all of them; DDP would count them twice
-        kwargs["callbacks"] = [self.meter, *(kwargs.get("callbacks") or [])]
+        kwargs["callbacks"] = [TakeUp(), self.meter, *(kwargs.get("callbacks") or [])]
         super().__init__(model=model, args=args, eval_dataset=[0], **kwargs)  # type: ignore[arg-type]
 
     def get_train_dataloader(self) -> DataLoader:
@@ -212,7 +217,7 @@ class AlignTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """As the parent's, but a checkpoint is whole or not there, and holds no numbers that are not finite."""
         self._settle()
-        self._require_finite_adapter()
+        self.require_finite_adapter()
         name = f"checkpoint-{self.state.global_step}"
         with staged(self._folder, name) as staging:
             self._staging = staging
@@ -230,6 +235,11 @@ class AlignTrainer(Trainer):
         rotate(self._folder, self.args.save_total_limit, name, self.state.best_model_checkpoint)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(self._folder / name))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with warnings.catch_warnings():  # peft may not ask the hub whether the vocabulary has grown: it has not
+            warnings.filterwarnings("ignore", message="Could not find a config file")
+            super()._save(output_dir, state_dict)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # Under `save_strategy: best` the answer decides whether to save: also where an interrupt asked for it.
@@ -250,8 +260,8 @@ class AlignTrainer(Trainer):
         places = gather_over_ranks([self.streams[found.stream].where(row) for row in found.rows])
         raise stop_not_finite(found, places, self._folder)
 
-    def _require_finite_adapter(self) -> None:
-        """No checkpoint of weights that an update has ruined, though the loss before it was finite."""
+    def require_finite_adapter(self) -> None:
+        """RunError where an update has ruined the weights, though the loss before it was finite: they are not saved."""
         model: Any = self.model
         largest = [p.detach().abs().amax().float() for p in model.parameters() if p.requires_grad]
         if not bool(torch.stack(largest).isfinite().all()):
