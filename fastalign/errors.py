@@ -10,19 +10,24 @@ from __future__ import annotations
 import os
 import re
 
-# An access token of a hub; the user and password of a URL.
-SECRETS = re.compile(r"hf_[A-Za-z0-9]{20,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{30,}")
+PASSWORD = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")  # the user and password of a URL
 
 LONGEST = 1000
 
 
-def mask_secrets(text: str) -> str:
-    """`text` with *** for access tokens, also those of the environment, and for the passwords of URLs."""
+def mask_tokens(text: str) -> str:
+    """`text` with *** for access tokens of a hub, also those of the environment."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         token = os.environ.get(name, "").strip()
-        if len(token) >= 8:  # a shorter one is no token, and may be part of any word
+        if len(token) >= 20 and not re.search(r"\s", token):  # anything else is no token, and may be innocent words
             text = text.replace(token, "***")
-    return SECRETS.sub("***", text)
+    return TOKEN.sub("***", text)
+
+
+def mask_secrets(text: str) -> str:
+    """`text` with *** for access tokens and for the passwords of URLs."""
+    return PASSWORD.sub("***", mask_tokens(text))
 
 
 class FastalignError(Exception):

@@ -4,7 +4,7 @@
 
 A case passes with exit code 0, or with 2 and exactly one line that begins with ``fastalign:``; no traceback, no hang,
 nothing changed outside the output folder. Exit code 1 passes only with a line of a run that began well and could not
-go on, because a configuration may be valid and still diverge (a learning rate of 1e30) or ask for more memory than
+go on, because a configuration may be valid and still diverge (a learning rate of 1e5) or ask for more memory than
 there is. A failing case is printed with its kind and number: `--only configs:17` repeats it alone under the same seed.
 """
 
@@ -31,8 +31,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 for _folder in (ROOT, ROOT / "kernels", ROOT / "tests"):
-    if str(_folder) not in sys.path:
-        sys.path.append(str(_folder))
+    sys.path.insert(0, str(_folder))  # before an installed package: a clone tests itself
 
 import conftest  # noqa: E402 - sets the environment that the libraries read at import
 import fuzz_cases as cases  # noqa: E402
@@ -89,7 +88,7 @@ class Ground:
         conftest.make_model(self.model)
         conftest.make_data(self.data)
         cases.more_data(self.data)
-        self.fixed = self._state()
+        self.fixed = _state(self.model) | _state(self.data)
 
     def run(self, kind: str, seed: int, number: int, process: bool = False) -> Outcome:
         """One case: its files are a function of (kind, seed, number)."""
@@ -98,15 +97,16 @@ class Ground:
         work.mkdir()
         maker = {"configs": cases.config_case, "files": cases.file_case}[kind]
         argv = maker(random.Random(f"{kind} {seed} {number}"), work, self.model, self.data)
-        before = _names(work)
+        given = _state(work)
         outcome = (_run_process if process else _run_here)(kind, number, argv, work)
-        known = before | {name for name in _names(work) if name.split("/")[0] in cases.OUTPUT_FOLDERS}
-        outcome.changed = sorted(_names(work) - known) + ([] if self._state() == self.fixed else ["model or data"])
+        left = _state(work)
+        fixed = _state(self.model) | _state(self.data)
+        new = [
+            name for name in left.keys() - given if Path(name).relative_to(work).parts[0] not in cases.OUTPUT_FOLDERS
+        ]
+        changed = [name for name, state in (given | self.fixed).items() if (left | fixed).get(name) != state]
+        outcome.changed = sorted(new + changed + sorted(fixed.keys() - self.fixed))
         return outcome
-
-    def _state(self) -> dict[str, tuple[int, int]]:
-        files = [path for part in (self.model, self.data) for path in part.rglob("*")]
-        return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
 @contextlib.contextmanager
@@ -120,8 +120,9 @@ def ground() -> Iterator[Ground]:
             os.chdir(here)
 
 
-def _names(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+def _state(folder: Path) -> dict[str, tuple[int, int]]:
+    """(size, time of the last change) of all that is in a folder."""
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.exists()}
 
 
 def _run_here(kind: str, number: int, argv: list[str], work: Path) -> Outcome:

@@ -34,6 +34,15 @@ LEFT_ALONE = {
     "torch_compile", "torch_compile_backend", "torch_compile_mode", "deepspeed", "full_determinism", "output_dir",
     "max_steps", "num_train_epochs", "gradient_accumulation_steps", "logging_dir", "use_cpu", "ddp_backend",
 }  # fmt: skip
+GOOD: list[tuple[str, str, Any]] = [
+    ("adapter", "r", 1), ("adapter", "dropout", 0.5), ("adapter", "target_modules", ["q_proj", "v_proj"]),
+    ("task", "max_length", 64), ("task", "language_temperature", "uniform"), ("task", "eval_share", 0.0),
+    ("alignment", "layer", [1, 0.5]), ("alignment", "micro_batch_size", 3), ("alignment", "weight", 0),
+    ("alignment", "preset", "paper"), ("alignment", "batch_size", 2), ("schedule", "ratio", 0.5),
+    ("schedule", "mode", "joint"), ("schedule", "mode", "task_only"), ("training", "learning_rate", 0),
+    ("training", "gradient_accumulation_steps", 2), ("training", "data_seed", 3), ("training", "report_to", None),
+    ("training", "save_total_limit", 0), ("training", "lr_scheduler_type", "cosine"), ("training", "seed", 2**32 - 1),
+]  # fmt: skip
 OUTPUT_DIRS: list[Any] = [3, None, [], True, "", " ", "a\0b", "y" * 5000, "/proc/none/here", "/dev/null/x", {"a": 1}]
 
 
@@ -60,6 +69,8 @@ def config_case(rng: random.Random, work: Path, model: Path, data: Path) -> list
     raw: Any = base_config(work, model, data)
     overrides: list[str] = []
     mutations = [_own_key] * 6 + [_training_key] * 5 + [_structure, _override, _output_dir]
+    if rng.random() < 0.3:
+        mutations = [_good_value]
     for _ in range(rng.choice([1, 1, 1, 2, 2, 3])):
         raw = rng.choice(mutations)(rng, raw, overrides)
     text = yaml.safe_dump(raw, allow_unicode=True)
@@ -68,6 +79,11 @@ def config_case(rng: random.Random, work: Path, model: Path, data: Path) -> list
     path = work / "config.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     return ["train", str(path), *overrides]
+
+
+def _good_value(rng: random.Random, raw: Any, overrides: list[str]) -> Any:
+    section, key, value = rng.choice(GOOD)
+    return _with(raw, section, key, value)
 
 
 def _own_key(rng: random.Random, raw: Any, overrides: list[str]) -> Any:
@@ -209,11 +225,11 @@ def file_case(rng: random.Random, work: Path, model: Path, data: Path) -> list[s
     else:
         section, rows = "alignment", rng.choice(list(PAIRS.values()))
     rows = [dict(row) for row in rows]
-    for _ in range(rng.randint(0, 2)):
+    for _ in range(rng.choice([0, 0, 0, 0, 0, 1, 2])):
         rng.choice(ROWS)(rng, rows)
-    path = work / f"rows{rng.choice(['.jsonl'] * 5 + ['.jsonl.gz', '.tsv', '.parquet', '.txt'])}"
+    path = work / f"rows{rng.choice(['.jsonl'] * 9 + ['.jsonl.gz', '.tsv', '.parquet', '.txt'])}"
     content = _content(rng, path.name, rows, data)
-    for _ in range(rng.randint(0, 2)):
+    for _ in range(rng.choice([0, 0, 0, 0, 0, 1, 2])):
         content = rng.choice(BYTES)(rng, content)
     if path.suffix == ".gz":
         content = gzip.compress(content)
@@ -303,4 +319,12 @@ def _lines(rng: random.Random, content: bytes) -> bytes:
     return rng.choice([b"\n", b"\n", b"\r\n", b"\r", b"\n\n"]).join(lines)
 
 
-BYTES: list[Callable[[random.Random, bytes], bytes]] = [_flip, _flip, _cut, _insert, _other_encoding, _lines]
+def _no_object(rng: random.Random, content: bytes) -> bytes:
+    lines = content.split(b"\n")
+    lines.insert(rng.randrange(len(lines) + 1), rng.choice([b"[1]", b"3", b'"x"', b"null", b"true", b'[["a", 1]]']))
+    return b"\n".join(lines)
+
+
+BYTES: list[Callable[[random.Random, bytes], bytes]] = [
+    _flip, _flip, _cut, _insert, _other_encoding, _lines, _no_object,
+]  # fmt: skip

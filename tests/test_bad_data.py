@@ -172,7 +172,11 @@ PAIR_ROWS: dict[str, tuple[list, list[str], list[str]]] = {
     "most pairs with an empty side": (
         [*PAIRS[:2], *({"en": "one", "de": BLANK} for _ in range(9))],
         [],
-        ["9 of 13 pairs have an empty side", "x.jsonl, line 3; line 4; line 5; ...", "fill them in, remove them"],
+        [
+            "9 of 11 rows give no pair, because a side is empty",
+            "x.jsonl, line 3; line 4; line 5; ...",
+            "fill them in, remove them",
+        ],
     ),
     "a sentence that is no text": ([*PAIRS, {"en": 1, "de": "a"}], [], ["line 13: the 'en' sentence must be text"]),
     "a language of 10 kB": (
@@ -278,7 +282,7 @@ def test_what_is_left_out_is_said_before_the_training_and_recorded(train: Callab
         f"alignment.data: 1 of 14 rows skipped: no English beside another language ({pairs}, line 14)",
         f"alignment.data: 2 of 26 pairs skipped: a side is empty ({pairs}, line 13)",
         "alignment.data: no pair for xx: all its sentences are empty",
-        "alignment.data: no pair for it: no row has English beside it",
+        "alignment.data: no pair for it: no sentence in it has English beside it",
     ]
     assert [line for line in lines if line in told] == told
     data = json.loads((tmp_path / "out" / "summary.json").read_text())["data"]

@@ -76,10 +76,19 @@ def with_code(folder: Path) -> None:
 
 
 def extra_token(folder: Path) -> None:
+    """A token of the vocabulary itself, not an added one."""
+    path = folder / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    raw["model"]["vocab"]["<extra>"] = 100_000
+    path.write_text(json.dumps(raw))
+
+
+def other_end(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(["<extra>"])
+    tokenizer.eos_token = "<end>"
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
     tokenizer.save_pretrained(folder)
 
 
@@ -106,6 +115,7 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda folder: change_weights(folder, set_one("model.norm.weight", -float("inf"))), ["infinite", "model.norm"]),
     "code of its own": (with_code, ["Python code", "model.trust_remote_code"]),
     "a token that the embedding lacks": (extra_token, ["'<extra>'", "embedding"]),
+    "an EOS that the embedding lacks": (other_end, ["'<end>'", "embedding"]),
     "no tokenizer": (
         lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], ["no usable tokenizer"]),
     "a broken tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), ["no usable tokenizer"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,40 @@ def test_no_message_holds_a_secret_and_no_secret_gets_into_a_configuration(tmp_p
     assert TOKEN not in words and "secretword" not in words and "from-the-environment" not in words
 
 
+@pytest.mark.parametrize(
+    ("text", "token"),
+    [
+        ("training: {run_name: wolfhf_" + "a" * 40 + ", output_dir: xhf_" + "b" * 40 + "}", ""),
+        ("training: {run_name: hf_llama_3_for_german_and_dutch_2026, output_dir: out-hf_" + "a" * 29 + "}", ""),
+        (
+            "task: {template: custom, system: 'ftp://me:pass@host', prompt: 'url://a:b@c {x}', response: 'u://a:b@c'}",
+            "",
+        ),
+        ("training: {run_name: 'me:secret@host'}", ""),
+        ("model: {name_or_path: some/password-model}", "password"),
+        ("task: {system: You are a helpful assistant}", "You are a helpful assistant"),
+    ],
+)
+def test_innocent_text_is_no_secret(tmp_path, monkeypatch, text, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    load(tmp_path, text)
+
+
+def test_a_token_in_a_prompt_is_refused(tmp_path):
+    assert "task.system" in refusal(tmp_path, f"task: {{system: 'use {TOKEN}'}}")
+
+
+@pytest.mark.timeout(20)
+def test_all_pairs_of_two_hundred_languages_are_read_quickly(tmp_path):
+    pairs = [[f"a{i}", f"a{j}"] for i in range(200) for j in range(200) if i != j]
+    path = tmp_path / "config.yaml"
+    path.write_text(f"alignment: {{pairs: {json.dumps(pairs)}}}", encoding="utf-8")
+    assert len(load_config(path).alignment.pairs) == 39_800
+    begun = time.monotonic()
+    config_from_dict({"alignment": {"pairs": pairs}})
+    assert time.monotonic() - begun < 2
+
+
 def test_a_long_message_keeps_what_is_wrong_and_how_to_mend_it():
     message = str(ConfigError("adapter.r is wrong: " + "x" * 10**6 + "; give a number"))
     assert message.startswith("adapter.r is wrong") and message.endswith("give a number") and len(message) < 1100
@@ -130,6 +166,13 @@ def test_every_training_key_takes_a_good_value_or_refuses_it_in_one_line():
         ({"log_level": "loud"}, ["training.log_level", "warning"]),
         ({"gradient_accumulation_steps": 10**9}, ["training.gradient_accumulation_steps", "at most"]),
         ({"learning_rate": float("nan")}, ["training.learning_rate"]),
+        ({"learning_rate": 1e39}, ["training.learning_rate", "at most"]),
+        ({"weight_decay": 1e39}, ["training.weight_decay", "at most"]),
+        ({"adam_epsilon": 1e39}, ["training.adam_epsilon", "at most"]),
+        ({"debug": 3}, ["training.debug", "must be text, not 3"]),
+        ({"label_smoothing_factor": 0.1}, ["training.label_smoothing_factor has no effect here"]),
+        ({"train_sampling_strategy": "group_by_length"}, ["training.train_sampling_strategy has no effect here"]),
+        ({"fsdp": "full_shard"}, ["training.fsdp has no effect here"]),
     ],
 )
 def test_training_values_that_are_refused(training, words):
@@ -138,3 +181,35 @@ def test_training_values_that_are_refused(training, words):
     with pytest.raises(ConfigError) as caught:
         training_arguments(effective_training(config_from_dict({"training": training}), True))
     assert all(word in str(caught.value) for word in words) and "anything" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"train_sampling_strategy": "random", "label_smoothing_factor": 0.0, "dataloader_num_workers": 0, "fsdp": None},
+        {"save_total_limit": 0},
+        {"report_to": None},
+        {"restore_callback_states_from_checkpoint": True},
+    ],
+)
+def test_training_values_that_copied_configurations_hold_are_taken_silently(training, capsys):
+    from fastalign.training.arguments import effective_training, training_arguments
+
+    arguments = training_arguments(effective_training(config_from_dict({"training": training}), True))
+    assert arguments.report_to == []
+    assert "no effect" not in capsys.readouterr().err
+
+
+def test_settings_that_change_no_result_are_said_in_one_line_each(capsys, monkeypatch):
+    from fastalign.training.arguments import effective_training
+
+    config = config_from_dict({"training": {"data_seed": 3, "dataloader_num_workers": 4, "torch_empty_cache_steps": 5}})
+    effective_training(config, True)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        f"training.{key} has no effect here"
+        for key in ("torch_empty_cache_steps", "dataloader_num_workers", "data_seed")
+    ]
+    monkeypatch.setenv("RANK", "1")
+    effective_training(config, True)
+    assert not capsys.readouterr().err

@@ -97,6 +97,27 @@ def test_prompts_that_fill_the_context_alone_are_refused(tokenizer):
     assert f"the longest has {lengths[3]};" in message and "shorten or remove" in message
 
 
+@pytest.mark.parametrize("rewrites", [False, True])
+def test_a_long_history_is_cut_and_not_refused(tokenizer, rewrites):
+    if rewrites:
+        if tokenizer.chat_template is None:
+            pytest.skip("plain text is not rewritten")
+        shorter = "{{ m.content if loop.last or m.role == 'user' else m.content[1:] }}"
+        tokenizer.chat_template = CHATML.replace("{{ m.content }}", shorter)
+    prompts = PromptTokenizer(tokenizer, max_length=64)
+
+    def conversation(prompt: str) -> TaskExample:
+        turns = [("rain " * 200, "yes"), (prompt, "no")]
+        texts = [example(*turn).messages for turn in turns]
+        return TaskExample([*texts[0], *texts[1]], "en", where="x")
+
+    tally = Tally()
+    prompts.check([conversation("set")], "task.data", tally, 64)
+    assert tally.as_dict()["rows"] == {"task.data": {"rows cut: longer than 64 tokens": 1}}
+    with pytest.raises(DataError, match="1 of 1 rows have a prompt that leaves no room"):
+        prompts.check([conversation("sun " * 200)], "task.data", Tally(), 64)
+
+
 def test_a_long_answer_is_cut_and_not_refused(tokenizer):
     tally = Tally()
     PromptTokenizer(tokenizer, max_length=64).check([example("set", "yes " * 200, "x")], "task.data", tally, 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, T5Config, T
 
 from fastalign.config import AdapterConfig, ModelConfig
 from fastalign.errors import ConfigError, ModelError
+from fastalign.model import loading
 from fastalign.model.loading import add_adapter, load_model, load_tokenizer
 
 
@@ -47,6 +49,68 @@ def test_a_tokenizer_without_padding_pads_with_its_eos(model_dir: Path, tmp_path
     tokenizer.save_pretrained(tmp_path)
     shutil.copy(model_dir / "config.json", tmp_path)
     assert load_tokenizer(ModelConfig(name_or_path=str(tmp_path))).pad_token == "</s>"
+
+
+def test_added_tokens_may_be_beyond_the_embedding_and_padding_is_then_eos(model_dir: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<padding>", "additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(tmp_path)
+    raw = json.loads((model_dir / "config.json").read_text())
+    for size, padding in ((rows, "</s>"), (rows + 2, "<padding>")):
+        (tmp_path / "config.json").write_text(json.dumps({**raw, "vocab_size": size}))
+        assert load_tokenizer(ModelConfig(name_or_path=str(tmp_path))).pad_token == padding
+
+
+def test_a_config_without_a_vocab_size_is_not_checked(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Config:
+        def get_text_config(self) -> Config:
+            return self
+
+    monkeypatch.setattr(loading, "load_model_config", lambda config: Config())
+    assert load_tokenizer(ModelConfig(name_or_path=str(model_dir))).pad_token_id is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "asks"),
+    [({}, False), ({"trust_remote_code": True}, True), ({"attn_implementation": "kernels-community/x"}, True)],
+)
+def test_a_folder_may_ask_the_hub_only_for_code_that_was_asked_for(
+    options: dict, asks: bool, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with loading._access(ModelConfig(name_or_path=str(model_dir), **options), "model"):
+        assert constants.HF_HUB_OFFLINE is not asks
+
+
+def test_a_hub_model_that_is_a_pickle_is_told_how_to_convert() -> None:
+    config = ModelConfig(name_or_path="some/model")
+    said = r"'some/model' holds its weights as a pickle only.*convert it once"
+    with pytest.raises(ModelError, match=said), loading._reaching(config, "model"):
+        raise OSError(
+            "some/model does not appear to have a file named model.safetensors or model.safetensors.index.json "
+            "and thus cannot be loaded with `safetensors`. Please do not set `use_safetensors=True`."
+        )
+
+
+def test_a_hub_model_whose_files_are_a_pickle_is_refused_by_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: str(tmp_path))
+    files = ["config.json", "pytorch_model-00001-of-00002.bin"]
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *args, **options: files)
+    config = ModelConfig(name_or_path="some/model")
+    with (
+        pytest.raises(ModelError, match=r"pickle only \(pytorch_model-00001"),
+        loading._reaching(config, "model"),
+        loading._access(config, "model"),
+    ):
+        pass
 
 
 def test_encoders_are_refused(tmp_path: Path) -> None:

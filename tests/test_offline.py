@@ -192,6 +192,47 @@ def test_settings_are_put_back_and_the_hub_can_be_asked_for_what_was_named(monke
     assert state() == before
 
 
+def test_threads_that_overlap_keep_the_guard_and_the_last_one_puts_the_settings_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+    def state() -> tuple[bool, str | None]:
+        return constants.HF_HUB_OFFLINE, os.environ.get("HF_HUB_OFFLINE")
+
+    first, second = offline(), offline()
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        one.submit(first.__enter__).result()
+        other.submit(second.__enter__).result()
+        asking = asking_hub()
+        one.submit(asking.__enter__).result()
+        assert state() == (False, None), "one thread may ask while the other trains"
+        one.submit(asking.__exit__, None, None, None).result()
+        assert state() == (True, "1")
+        one.submit(first.__exit__, None, None, None).result()
+        assert state() == (True, "1"), "the other one still trains"
+        other.submit(second.__exit__, None, None, None).result()
+    assert state() == (False, None)
+
+
+def test_importing_the_training_is_quiet_and_leaves_the_loggers_as_they_were(tmp_path: Path) -> None:
+    code = """
+import logging
+logging.getLogger("kernels").setLevel(logging.INFO)
+import fastalign.training.run
+print(logging.getLogger("kernels").level, logging.getLogger("bitsandbytes").level)
+"""
+    allowed = {key: value for key, value in os.environ.items() if "OFFLINE" not in key and not key.startswith("HF_")}
+    allowed |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=allowed, timeout=120)
+    assert done.stdout.split()[0] == "20" and not done.stderr, done.stderr
+
+
 def test_who_is_offline_stays_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 

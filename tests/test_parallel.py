@@ -232,9 +232,36 @@ def test_mostly_empty_pairs_are_refused(write):
     good, bad = {"en": "one", "de": "eins"}, {"en": "one", "de": "\u200b"}
     assert len(read(write(good, bad))) == 1, "half of them is not most"
     message = refusal(write(good, *[bad] * 4))
-    assert "alignment.data: 4 of 5 pairs have an empty side (" in message
+    assert "alignment.data: 4 of 5 rows give no pair, because a side is empty (" in message
     assert "pairs.jsonl, line 2; line 3; line 4; ...); fill them in, remove them, or leave out the key" in message
-    assert "2 of 2 pairs have an empty side" in refusal(write({"en": "", "de": "eins"}, {"en": "two", "de": " "}))
+    assert "2 of 2 rows give no pair" in refusal(write({"en": "", "de": "eins"}, {"en": "two", "de": " "}))
+
+
+def test_empty_cells_of_a_tsv_with_many_languages_are_not_there(tmp_path):
+    path = tmp_path / "many.tsv"
+    path.write_text("en\tde\tfr\tes\tit\none\teins\t\t\t\ntwo\t\t \tdos\t\n\tvier\t\t\t\n")
+    assert read(str(path)) == [("de", "en", "eins", "one"), ("es", "en", "dos", "two")]
+    assert told(str(path)) == [
+        "alignment.data: 1 of 3 rows skipped: no English beside another language (FILE, line 4)",
+        "alignment.data: no pair for fr, it: all its sentences are empty",
+    ]
+
+
+def test_an_empty_cell_of_a_tsv_with_two_languages_is_an_empty_side(tmp_path):
+    path = tmp_path / "two.tsv"
+    path.write_text("en\tde\none\teins\ntwo\t\n")
+    assert told(str(path)) == ["alignment.data: 1 of 2 pairs skipped: a side is empty (FILE, line 3)"]
+
+
+def test_rows_with_a_pair_may_have_mostly_empty_sentences(write):
+    path = write(*[{"en": "one", "de": "eins", "fr": "", "es": "", "it": ""}] * 2)
+    assert len(read(path)) == 2
+    assert told(path)[0] == "alignment.data: 6 of 8 pairs skipped: a side is empty (FILE, line 1; line 2)"
+
+
+def test_a_language_whose_english_is_elsewhere_has_none_beside_it(write):
+    path = write({"en": "one", "de": "eins", "fr": ""}, {"de": "zwei", "fr": "deux"})
+    assert told(path)[-1] == "alignment.data: no pair for fr: no sentence in it has English beside it"
 
 
 def test_equal_sides_are_a_pair(write):
@@ -253,7 +280,7 @@ def test_languages_that_end_up_without_a_pair_are_named(write):
         "alignment.data: 1 of 4 pairs skipped: a side is empty (FILE, line 1)",
         "alignment.data: no pair for xx: all its sentences are empty",
         "alignment.data: no pair for en-GB: its rows have another English",
-        "alignment.data: no pair for it, pt: no row has English beside it",
+        "alignment.data: no pair for it, pt: no sentence in it has English beside it",
     ]
     assert told(path, [["it", "pt"]])[1:] == [], "what was not asked for is not missed"
 

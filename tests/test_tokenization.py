@@ -15,6 +15,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fastalign.data.parallel import Pair
+from fastalign.data.tally import Tally
 from fastalign.data.templates import Message, TaskExample
 from fastalign.data.tokenization import IGNORE_INDEX, PromptTokenizer, SentenceTokenizer, adds_bos, pad
 from fastalign.errors import ConfigError, DataError
@@ -543,3 +545,33 @@ def test_sentences_of_one_token_or_none_are_pooled():
 def test_pad():
     assert pad([[1, 2], [], [3]], -7).tolist() == [[1, 2], [-7, -7], [3, -7]]
     assert pad([], 0).shape[0] == 0
+
+
+def test_tokens_that_the_embedding_lacks_are_refused():
+    tokenizer = wrap(byte_level())
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<image>"])
+    known, beyond = chat("where?", "here"), chat("where <image>?", "here")
+    prompts = PromptTokenizer(tokenizer, embedding_rows=rows)
+    sentences = SentenceTokenizer(tokenizer, embedding_rows=rows)
+    prompts(TaskExample(known, "en"))
+    prompts.check([TaskExample(known, "en")])
+    sentences(["where?"])
+    said = f"'<image>', number {rows}, but the model's embedding only has {rows} rows"
+    row = TaskExample(beyond, "en", where="x.jsonl, line 3")
+    for refused in (lambda: prompts(row), lambda: prompts.check([TaskExample(known, "en"), row])):
+        with pytest.raises(DataError, match=f"^x.jsonl, line 3: .*{said}"):
+            refused()
+    with pytest.raises(DataError, match=said):
+        sentences(["a", "an <image>"])
+    with pytest.raises(DataError, match=f"^p.jsonl, line 2: .*{said}"):
+        sentences.check([Pair("an <image>", "b", "de", "en", 0, "p.jsonl, line 2")], "alignment.data", Tally())
+    PromptTokenizer(tokenizer, embedding_rows=rows + 1)(row)
+
+
+def test_a_chat_template_that_writes_a_token_that_the_embedding_lacks():
+    tokenizer = wrap(byte_level(), "<image>" + CHATML)
+    tokenizer.add_tokens(["<image>"])
+    prompts = PromptTokenizer(tokenizer, embedding_rows=len(tokenizer) - 1)
+    with pytest.raises(DataError, match="'<image>'"):
+        prompts.check([TaskExample(chat("where?", "here"), "en")])

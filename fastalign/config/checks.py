@@ -11,10 +11,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from fastalign.config.keys import AlignmentConfig, Config, TaskConfig
-from fastalign.errors import ConfigError, mask_secrets
+from fastalign.errors import ConfigError, mask_secrets, mask_tokens
 
 # No machine has the memory for more; a typo is told at once instead of in the midst of an allocation.
 MOST = {"rank": 2**16, "pairs": 2**20, "tokens": 2**24}
+# Written for the model to read; a URL with a password in them is an example.
+TEXTS = ("task.prompt", "task.system", "task.response")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -129,7 +131,7 @@ def refuse_secrets(value: Any, where: str) -> None:
     elif isinstance(value, (list, tuple)):
         for item in value:
             refuse_secrets(item, where)
-    elif isinstance(value, str) and mask_secrets(value) != value:
+    elif isinstance(value, str) and (mask_tokens if where in TEXTS else mask_secrets)(value) != value:
         raise ConfigError(
             f"{where}: {value!r} holds an access token or a password, and the configuration is written to the results; "
             "give it through the environment variable HF_TOKEN, or run: hf auth login"
@@ -183,7 +185,9 @@ def _validate_alignment(alignment: AlignmentConfig) -> None:
         _need(pairs == "to_english", "alignment.pairs", rule, pairs)
     else:
         _need(len(pairs) > 0, "alignment.pairs", rule, pairs)
-        for i, pair in enumerate(pairs):
+        seen: set[tuple[str, ...]] = set()
+        for pair in pairs:
             good = len(pair) == 2 and pair[0] != pair[1]
             _need(good, "alignment.pairs", "a list of two different languages each", pair)
-            _need(pair not in pairs[:i], "alignment.pairs", "without a pair that comes twice", pair)
+            _need(tuple(pair) not in seen, "alignment.pairs", "without a pair that comes twice", pair)
+            seen.add(tuple(pair))

@@ -12,7 +12,7 @@ import yaml
 
 from fastalign.errors import ConfigError
 
-MOST_VALUES = 100_000
+MOST_VALUES = 400_000
 _FLOAT = re.compile(r"^[-+]?(?:[0-9]+|[0-9]*\.[0-9]+|[0-9]+\.)[eE][-+]?[0-9]+$")
 
 
@@ -62,7 +62,7 @@ def load_yaml(text: str) -> Any:
 
 
 def _refuse_bomb(root: yaml.Node) -> None:
-    """YAMLError where anchors that hold anchors stand for more values than any configuration has, or for themselves."""
+    """YAMLError for more values, anchors included, than any configuration has, or an anchor that holds itself."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node) -> int:
@@ -74,7 +74,7 @@ def _refuse_bomb(root: yaml.Node) -> None:
         return sizes[id(node)]
 
     if size(root) >= MOST_VALUES:
-        raise yaml.YAMLError(f"its anchors stand for more than {MOST_VALUES:,} values, or for themselves")
+        raise yaml.YAMLError(f"it holds more than {MOST_VALUES:,} values, anchors included, or an anchor holds itself")
 
 
 def dump_yaml(value: Any) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
@@ -19,39 +20,29 @@ from fastalign.config.keys import Config
 
 Run = TypeVar("Run", bound=Callable[..., Any])
 _VARIABLE = "HF_HUB_OFFLINE"  # read by peft at each call, and by child processes
-_own: list[tuple[Any, str, Any]] = []  # the settings as the user has them, while `offline` is in force
+_lock = threading.RLock()  # for all that follows, since the settings are those of all threads
+_inside: list[
+    tuple[int, bool]
+] = []  # (thread, offline) of each use that has not ended, in the order of their beginnings
+_own: list[tuple[Any, str, Any]] = []  # the settings as the user has them, while there is any
+_own_variable: list[str | None] = []
 
 
 @contextlib.contextmanager
 def offline(active: bool = True) -> Iterator[None]:
-    """No library may reach a hub, except inside `asking_hub`.
+    """No library may reach a hub, except inside `asking_hub`, also where threads overlap.
 
     Args:
         active: False to let them, without telemetry: for a run that sends its results to a hub.
     """
-    settings = _settings()
-    outermost = not _own
-    if outermost:
-        _own.extend(settings)
-    try:
-        with _changed(settings, offline=True if active else None):
-            yield
-    finally:
-        if outermost:
-            _own.clear()
+    with _guarded(offline=True if active else None):
+        yield
 
 
 @contextlib.contextmanager
 def asking_hub() -> Iterator[None]:
     """The hub may be asked, unless the user's own settings forbid it; without telemetry and counters."""
-    settings = _settings()
-    own = {(id(module), name): value for module, name, value in _own}
-    with _changed(settings, offline=None):
-        for module, name, _ in settings:
-            if name.endswith("OFFLINE") and own:
-                setattr(module, name, own[id(module), name])
-        if may_ask_hub():
-            os.environ.pop(_VARIABLE, None)
+    with _guarded(offline=False):
         yield
 
 
@@ -71,7 +62,8 @@ def offline_run(train: Run) -> Run:
 
 def may_ask_hub() -> bool:
     """Whether the user's own settings let the hub be asked."""
-    return not (_own or _settings())[0][2]
+    with _lock:
+        return not (_own or _settings())[0][2]
 
 
 def _settings() -> list[tuple[Any, str, Any]]:
@@ -90,22 +82,41 @@ def _settings() -> list[tuple[Any, str, Any]]:
 
 
 @contextlib.contextmanager
-def _changed(settings: list[tuple[Any, str, Any]], offline: bool | None) -> Iterator[None]:
-    """Offline or as it is, no telemetry, no counters; everything is put back at the end."""
-    variable = os.environ.get(_VARIABLE)
-    wanted = {"HF_HUB_DISABLE_TELEMETRY": True, "HF_UPDATE_DOWNLOAD_COUNTS": False}
-    if offline is not None:
-        wanted |= {_VARIABLE: offline, "HF_DATASETS_OFFLINE": offline}
-        os.environ[_VARIABLE] = "1"
+def _guarded(offline: bool | None) -> Iterator[None]:
+    """Offline, or as the user has it, or as it is; the last of overlapping uses puts the user's settings back."""
+    thread = threading.get_ident()
+    with _lock:
+        if not _inside:
+            _own[:], _own_variable[:] = _settings(), [os.environ.get(_VARIABLE)]
+        if offline is None:
+            offline = next((off for owner, off in reversed(_inside) if owner == thread), False)
+        use = (thread, offline)
+        _inside.append(use)
+        _apply()
     try:
-        for module, name, _ in settings:
-            if name in wanted:
-                setattr(module, name, wanted[name])
         yield
     finally:
-        for module, name, value in settings:
-            setattr(module, name, value)
-        if variable is None:
-            os.environ.pop(_VARIABLE, None)
-        else:
-            os.environ[_VARIABLE] = variable
+        with _lock:
+            _inside[:] = [other for other in _inside if other is not use]
+            _apply()
+            if not _inside:
+                _own.clear()
+
+
+def _apply() -> None:
+    """Sets what the uses ask for: offline while each thread's latest does, no telemetry, no counters."""
+    wanted: dict[str, bool] = {}
+    variable = _own_variable[0]
+    if _inside:
+        wanted = {"HF_HUB_DISABLE_TELEMETRY": True, "HF_UPDATE_DOWNLOAD_COUNTS": False}
+        if all(dict(_inside).values()):
+            wanted |= {_VARIABLE: True, "HF_DATASETS_OFFLINE": True}
+            variable = "1"
+        elif may_ask_hub():
+            variable = None
+    for module, name, value in _own:
+        setattr(module, name, wanted.get(name, value))
+    if variable is None:
+        os.environ.pop(_VARIABLE, None)
+    else:
+        os.environ[_VARIABLE] = variable

@@ -42,13 +42,15 @@ Row = dict[str, Any]
 class Source:
     """One file's rows. ``where(i)`` names row i for a message, e.g. ``pairs.jsonl, line 17``.
 
-    `fingerprint`: of a data set on a hub, which has no file of its own; may be unknown.
+    `fingerprint`: of a data set on a hub, which has no file of its own; may be unknown. `has_columns`: a row cannot
+    leave out a key, only leave its cell empty.
     """
 
     name: str
     rows: list[Row]
     where: Callable[[int], str]
     fingerprint: str | None = None
+    has_columns: bool = False
 
 
 def read_sources(spec: str | Sequence[str], key: str, tally: Tally | None = None) -> list[Source]:
@@ -192,7 +194,7 @@ def _read_tsv(path: str) -> Source:
             raise DataError(f"{name}, line {number}: {len(cells)} columns where the header has {len(header)}")
         rows.append(dict(zip(header, cells, strict=True)))
         numbers.append(number)
-    return Source(name, rows, lambda i: f"{name}, line {numbers[i]}")
+    return Source(name, rows, lambda i: f"{name}, line {numbers[i]}", has_columns=True)
 
 
 def _aligned_text(paths: list[str]) -> Source | None:

@@ -54,7 +54,8 @@ def read_pairs(
 ) -> list[Pair]:
     """All pairs of the wanted languages in the files, in file order.
 
-    A pair with an empty side is left out. What is left out, and the languages without any pair, go to `tally`.
+    A pair with an empty side is left out. What is left out, and the languages without any pair, go to `tally`. In a
+    TSV of more than two languages an empty cell is a sentence that is not there.
 
     Args:
         spec: path(s) or a hub id.
@@ -65,7 +66,7 @@ def read_pairs(
 
     Raises:
         DataError: unreadable files, rows of an unknown kind, a language or a pair that is not there, no usable pair,
-            an empty side in most pairs.
+            an empty side in all pairs of most rows.
     """
     reader = _PairReader(pairs, key, Tally() if tally is None else tally)
     for source in read_sources(spec, key, tally):
@@ -88,8 +89,9 @@ class _PairReader:
         self.rows: list[int] = []  # the number of each pair's row
         self.places: list[str] = []
         self.named: dict[str, bool] = {}  # every language of a row, and whether it has a sentence that is not empty
-        self.row_number = self.empty = 0
-        self.empty_places: list[str] = []
+        self.row_number = self.paired_rows = 0
+        self.empty_places: list[str] = []  # of each pair with an empty side
+        self.empty_rows: list[str] = []  # rows that have no other pairs
         wanted = "English beside another language" if isinstance(pairs, str) else "pair of alignment.pairs"
         self.unpaired = f"rows skipped: no {wanted}"
 
@@ -98,36 +100,39 @@ class _PairReader:
         texts, directed = _sentences(source.rows[i], source, i)
         for language, text in texts:
             self.named[language] = self.named.get(language, False) or bool(text)
+        if source.has_columns and len(texts) > 2:
+            texts = [(language, text) for language, text in texts if text]
         where = source.where(i)
-        none = True
-        for pair in _wanted(texts, directed, self.pairs):
-            none = False
+        wanted = [*_wanted(texts, directed, self.pairs)]
+        for pair in wanted:
             if pair[0] and pair[1]:
                 self.sentences.append(pair)
                 self.rows.append(self.row_number)
                 self.places.append(where)
             else:
-                self.empty += 1
                 self.empty_places.append(where)
-        if none:
+        if not wanted:
             self.tally.add(self.key, self.unpaired, where)
+        elif not any(source_text and target_text for source_text, target_text, *_ in wanted):
+            self.empty_rows.append(where)
+        self.paired_rows += bool(wanted)
         self.row_number += 1
 
     def check(self) -> None:
         """DataError if this is not what was asked for; else what was left out goes to the tally."""
         self._check_languages()
-        total = len(self.sentences) + self.empty
-        if 2 * self.empty > total:
-            places = listed_places(self.empty_places)
+        if 2 * len(self.empty_rows) > self.paired_rows:
+            places = listed_places(self.empty_rows)
             raise DataError(
-                f"{self.key}: {self.empty:,} of {total:,} pairs have an empty side ({places}); fill them in, remove "
-                "them, or leave out the key of a language that has no translation"
+                f"{self.key}: {len(self.empty_rows):,} of {self.paired_rows:,} rows give no pair, because a side is "
+                f"empty ({places}); fill them in, remove them, or leave out the key of a language that has no "
+                "translation"
             )
         if not self.sentences:
             raise DataError(f"{self.key}: no pair of sentences{self._hint()} (languages: {self._there()})")
         for where in self.empty_places:
             self.tally.add(self.key, EMPTY, where)
-        self.tally.out_of(self.key, EMPTY, total)
+        self.tally.out_of(self.key, EMPTY, len(self.sentences) + len(self.empty_places))
         self.tally.out_of(self.key, self.unpaired, self.row_number)
         if isinstance(self.pairs, str):
             self._note_languages_without_a_pair()
@@ -162,7 +167,8 @@ class _PairReader:
         reasons: dict[str, list[str]] = {}
         for language, filled in self.named.items():
             if language not in paired:
-                beside = "its rows have another English" if is_english(language) else "no row has English beside it"
+                english = is_english(language)
+                beside = "its rows have another English" if english else "no sentence in it has English beside it"
                 reasons.setdefault(beside if filled else "all its sentences are empty", []).append(language)
         for why, languages in reasons.items():
             self.tally.note(self.key, f"no pair for {listed(sorted(languages), 20)}: {why}")

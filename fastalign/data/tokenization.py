@@ -14,6 +14,7 @@ from fastalign.data.parallel import Pair
 from fastalign.data.tally import Tally, listed_places
 from fastalign.data.templates import Message, TaskExample
 from fastalign.data.text import listed, shown
+from fastalign.data.vocabulary import refuse_unknown, unknown_tokens
 from fastalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -52,11 +53,13 @@ class PromptTokenizer:
         tokenizer: of the base model.
         chat_template: ``auto`` (the tokenizer's own, plain text where it has none), ``none``, or a jinja file.
         max_length: longer rows lose what comes first, up to the last answer, then the end of that.
+        embedding_rows: of the model, if known; tokens from this number on are refused.
     """
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: str = "auto"
     max_length: int = 1024
+    embedding_rows: int | None = None
 
     def __post_init__(self) -> None:
         added = self.tokenizer.added_tokens_decoder
@@ -75,7 +78,7 @@ class PromptTokenizer:
         """(input_ids, labels) of one example, equally long; labels are `IGNORE_INDEX` outside the answers.
 
         Raises:
-            DataError: the chat template does not take these messages.
+            DataError: the chat template does not take these messages, or a token is one that the model does not have.
         """
         return self._cut(*self._whole(example))
 
@@ -108,10 +111,15 @@ class PromptTokenizer:
             context: tokens the model can see at once, if that is known.
 
         Raises:
-            DataError: the chat template does not take these messages; prompts that fill the context alone.
+            DataError: the chat template does not take these messages; a token that the model does not have; prompts
+                that fill the context alone. The prompt is what follows the answer before the last one: a history
+                can be cut.
         """
         added: dict[tuple[object, ...], int] = {}  # tokens that come to the texts, by the roles of a conversation
+        unknown = unknown_tokens(self.tokenizer, self.embedding_rows)
         for example in examples:
+            if unknown and any(token in message["content"] for message in example.messages for token in unknown):
+                self._whole(example)
             if (kind := _kind(example)) not in added:
                 self._whole(example)
                 added[kind] = self._added_tokens(example)
@@ -123,8 +131,8 @@ class PromptTokenizer:
             ids, labels = self._whole(example)
             if tally is not None and len(ids) > self.max_length:
                 tally.add(key, reason, example.where)
-            if context is not None and _last_answer(labels) > context - 1:
-                too_long.append((_last_answer(labels), example.where))
+            if context is not None and (length := self._last_prompt(example, labels)) > context - 1:
+                too_long.append((length, example.where))
         if tally is not None:
             tally.out_of(key, reason, len(examples))
         if too_long:
@@ -137,7 +145,20 @@ class PromptTokenizer:
 
     def _whole(self, example: TaskExample) -> tuple[list[int], list[int]]:
         """As `__call__`, of any length."""
-        return self._join(self._segments(example), special=example.raw or not self._chat)
+        ids, labels = self._join(self._segments(example), special=example.raw or not self._chat)
+        refuse_unknown(self.tokenizer, ids, self.embedding_rows, example.where)
+        return ids, labels
+
+    def _last_prompt(self, example: TaskExample, labels: Sequence[int]) -> int:
+        """Tokens between the answer before the last one and the last one."""
+        first = last = _last_answer(labels)
+        while first and labels[first - 1] == IGNORE_INDEX:
+            first -= 1
+        roles = [message["role"] for message in example.messages[:-1]]
+        if first == 0 and "assistant" in roles:  # a chat template that rewrites its history, which is not learnt
+            texts = [message["content"] for message in example.messages[:-1]]
+            return sum(len(self._encode(text)) for text in texts[len(roles) - roles[::-1].index("assistant") :])
+        return last - first
 
     def _segments(self, example: TaskExample) -> list[_Segment]:
         if example.raw:
@@ -320,12 +341,14 @@ class SentenceTokenizer:
         skip_first_token: ``auto``, True (skip whatever is first) or False (pool every token, as in the paper).
         pooling: ``mean`` over the tokens, or ``last`` token only.
         max_length: tokens kept of a sentence.
+        embedding_rows: of the model, if known; tokens from this number on are refused with a DataError.
     """
 
     tokenizer: PreTrainedTokenizerBase
     skip_first_token: bool | Literal["auto"] = "auto"
     pooling: Literal["mean", "last"] = "mean"
     max_length: int = 256
+    embedding_rows: int | None = None
 
     def __post_init__(self) -> None:
         tokenizer = self.tokenizer
@@ -339,6 +362,8 @@ class SentenceTokenizer:
         first = self._first
         encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length - len(first))["input_ids"]
         rows = [first + ids or [self._filler] for ids in cast("list[list[int]]", encoded)]
+        for ids in rows:
+            refuse_unknown(self.tokenizer, ids, self.embedding_rows, "")
         batch = pad(rows, cast("int | None", self.tokenizer.pad_token_id) or 0)
         mask = torch.zeros_like(batch)
         pool = torch.zeros_like(batch)
@@ -355,6 +380,10 @@ class SentenceTokenizer:
             places.setdefault(pair.source, pair.where)
             places.setdefault(pair.target, pair.where)
         texts = [*places]
+        unknown = unknown_tokens(self.tokenizer, self.embedding_rows)
+        for text in (text for text in texts if any(token in text for token in unknown)):
+            ids = cast("list[int]", self.tokenizer(text, verbose=False)["input_ids"])
+            refuse_unknown(self.tokenizer, ids, self.embedding_rows, places[text])
         reason = f"different sentences cut: longer than {self.max_length:,} tokens"
         room = self.max_length - len(self._first)
         for i in may_exceed(self.tokenizer, [[text] for text in texts], [room - SPECIALS] * len(texts)):

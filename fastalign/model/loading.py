@@ -13,7 +13,14 @@ import torch
 from fastalign.config import AdapterConfig, ModelConfig
 from fastalign.config.hub import asking_hub, may_ask_hub, offline
 from fastalign.errors import ConfigError, FastalignError, ModelError
-from fastalign.model.soundness import refuse_incomplete, refuse_non_finite, refuse_pickled, refuse_unknown_tokens
+from fastalign.model.soundness import (
+    pickled_only,
+    refuse_incomplete,
+    refuse_non_finite,
+    refuse_pickled,
+    refuse_pickled_names,
+    refuse_unknown_tokens,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,7 +50,7 @@ def compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padding on the right; one without a padding token pads with its EOS.
+    """The model's tokenizer, padding on the right; one without a padding token that the model has pads with its EOS.
 
     Raises:
         ConfigError: no model is named, or it is not a decoder. ModelError: it cannot be reached, holds no tokenizer,
@@ -54,11 +61,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     rows = _embedding_rows(load_model_config(config))
     with _reaching(config, "tokenizer"), _access(config, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(config.name_or_path, **_origin(config))
-    if tokenizer.pad_token_id is None:
+    if rows is not None:
+        refuse_unknown_tokens(config.name_or_path, tokenizer, rows)
+    if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
     if tokenizer.pad_token_id is None:
         raise ModelError(f"the tokenizer of {config.name_or_path!r} has no token that could serve as padding")
-    refuse_unknown_tokens(config.name_or_path, tokenizer, rows)
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -151,26 +159,33 @@ def _origin(config: ModelConfig) -> dict[str, Any]:
 def _access(config: ModelConfig, what: str) -> Iterator[None]:
     """Fetches a hub's files first, then is offline: what is loaded cannot ask for anything else.
 
-    Code that comes with a model, and an attention kernel with the name of a repository, were asked for, and may fetch.
+    Code that comes with a model, and an attention kernel with the name of a repository, were asked for, and may fetch,
+    also for a folder, whose code may be in a repository.
     """
     name = config.name_or_path
-    if Path(name).is_dir() or not may_ask_hub():
-        with offline():
-            yield
-    elif config.trust_remote_code or "/" in config.attn_implementation:
+    if config.trust_remote_code or "/" in config.attn_implementation:
         with asking_hub():
+            yield
+    elif Path(name).is_dir() or not may_ask_hub():
+        with offline():
             yield
     else:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import list_repo_files, snapshot_download
 
         with asking_hub():
-            snapshot_download(name, revision=config.revision, allow_patterns=FILES[what], ignore_patterns=COPIES)
+            fetched = snapshot_download(
+                name, revision=config.revision, allow_patterns=FILES[what], ignore_patterns=COPIES
+            )
+            if what == "model" and not any(Path(fetched).glob("*.safetensors")):
+                refuse_pickled_names(name, list_repo_files(name, revision=config.revision))
         with offline():
             yield
 
 
-def _embedding_rows(hf_config: PretrainedConfig) -> int:
-    return int(hf_config.get_text_config().vocab_size)
+def _embedding_rows(hf_config: PretrainedConfig) -> int | None:
+    """None where a model's own code has another name for it."""
+    rows = getattr(hf_config.get_text_config(), "vocab_size", None)
+    return rows if isinstance(rows, int) else None
 
 
 def _nf4(dtype: torch.dtype) -> Any:
@@ -250,5 +265,7 @@ class _reaching:
                 f"model.attn_implementation: {attention!r} is not known or not installed here, or this model does not "
                 "have it; auto, sdpa and eager need nothing"
             ) from error
+        if self.what == "model" and "safetensors" in text and "does not appear to have a file named" in text:
+            raise pickled_only(self.name, "no *.safetensors") from error
         if self.config.revision is not None and type(error).__name__ == "RevisionNotFoundError":
             raise ModelError(f"model.revision: {self.config.revision!r} is not there in {self.name!r}") from error

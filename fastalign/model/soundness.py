@@ -6,7 +6,8 @@ of tokens that the embedding does not have. Each would train something else than
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,25 @@ SAFE = ("*.safetensors", "*.safetensors.index.json")
 
 def refuse_pickled(name: str, folder: Path) -> None:
     """ModelError where a folder holds weights as a pickle only: reading one can run any code."""
-    if any(next(folder.glob(pattern), None) for pattern in SAFE):
+    refuse_pickled_names(name, [path.name for path in folder.iterdir()])
+
+
+def refuse_pickled_names(name: str, files: Sequence[str]) -> None:
+    """As `refuse_pickled`, by the names of all files."""
+    if any(fnmatch.filter(files, pattern) for pattern in SAFE):
         return
-    pickled = next((path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))), None)
+    pickled = next((file for pattern in PICKLES for file in sorted(fnmatch.filter(files, pattern))), None)
     if pickled is not None:
-        raise ModelError(
-            f"model.name_or_path: {name!r} holds its weights as a pickle only ({pickled}), and a pickle can run code "
-            "when it is read; if you trust it, convert it once: from transformers import AutoModelForCausalLM as M; "
-            "M.from_pretrained('FOLDER', use_safetensors=False).save_pretrained('NEW_FOLDER')"
-        )
+        raise pickled_only(name, pickled)
+
+
+def pickled_only(name: str, file: str) -> ModelError:
+    """The refusal of a model whose weights are in a pickle, such as `file`."""
+    return ModelError(
+        f"model.name_or_path: {name!r} holds its weights as a pickle only ({file}), and a pickle can run code "
+        "when it is read; if you trust it, convert it once: from transformers import AutoModelForCausalLM as M; "
+        "M.from_pretrained('FOLDER', use_safetensors=False).save_pretrained('NEW_FOLDER')"
+    )
 
 
 def refuse_incomplete(name: str, report: Mapping[str, Any]) -> None:
@@ -75,8 +86,14 @@ def _numbers(parameter: torch.Tensor) -> list[torch.Tensor]:
 
 
 def refuse_unknown_tokens(name: str, tokenizer: Any, rows: int) -> None:
-    """ModelError where the tokenizer has a token beyond the `rows` of the model's embedding."""
-    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    """ModelError where a token that texts are made of is beyond the `rows` of the model's embedding.
+
+    Tokens that were added to the vocabulary may be: several models have some, for images and the like, that no text
+    gives. BOS and EOS may not.
+    """
+    added = set(tokenizer.added_tokens_decoder) - {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    tokens = [item for item in tokenizer.get_vocab().items() if item[1] not in added]
+    token, number = max(tokens, key=lambda item: item[1], default=("", -1))
     if number >= rows:
         raise ModelError(
             f"model.name_or_path: the tokenizer of {name!r} has the token {token!r} with number {number}, but the "

@@ -26,22 +26,26 @@ if TYPE_CHECKING:
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(COUNTS, (1, 2**20)),
-    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), (0, math.inf)),
-    **dict.fromkeys(("save_total_limit", "eval_accumulation_steps", "ddp_bucket_cap_mb", "ddp_timeout"), (1, 2**31)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon"), (0, 1e6)),
+    **dict.fromkeys(("max_grad_norm", "warmup_steps"), (0, math.inf)),
+    **dict.fromkeys(("eval_accumulation_steps", "ddp_bucket_cap_mb", "ddp_timeout"), (1, 2**31)),
+    "save_total_limit": (0, 2**31),
     "neftune_noise_alpha": (0, 1e6),
     "seed": (0, 2**32 - 1),
 }
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
-# These act in parts of the Trainer that streams replace.
-UNUSED = {
+# These act in parts of the Trainer that streams replace: refused where neglect would change what is learnt, ...
+REFUSED = {
     "label_smoothing_factor": "the task's loss is plain cross-entropy",
-    "torch_empty_cache_steps": "use an allocator setting such as PYTORCH_ALLOC_CONF=expandable_segments:True",
     "group_by_length": "streams choose their own rows",
     "train_sampling_strategy": "streams choose their own rows",
+    "fsdp": "use DDP, or DeepSpeed ZeRO-2",
+}
+# ... and otherwise said, since configurations are copied.
+UNUSED = {
+    "torch_empty_cache_steps": "use an allocator setting such as PYTORCH_ALLOC_CONF=expandable_segments:True",
     "dataloader_num_workers": "streams make their own batches",
     "data_seed": "training.seed decides the order of the rows",
-    "restore_callback_states_from_checkpoint": "the history of a run is restored without it",
-    "fsdp": "use DDP, or DeepSpeed ZeRO-2",
 }
 
 
@@ -60,7 +64,7 @@ def effective_training(config: Config, can_evaluate: bool) -> dict[str, Any]:
     from transformers import TrainingArguments
 
     hints = typing.get_type_hints(TrainingArguments)
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    known = {field.name: field.default for field in dataclasses.fields(TrainingArguments) if field.init}
     user = {key: value for key, value in config.training.items() if key != "resume_from_checkpoint"}
     for key in user:
         if key not in known:
@@ -68,6 +72,9 @@ def effective_training(config: Config, can_evaluate: bool) -> dict[str, Any]:
                 f"unknown key training.{key}{nearest(key, known)}; the keys are those of transformers.TrainingArguments"
             )
     _check(user, hints)
+    _check_effect({key: value for key, value in user.items() if value and value != known[key]})
+    if "report_to" in user and user["report_to"] is None:
+        user["report_to"] = "none"
     values: dict[str, Any] = {**TRAINING_DEFAULTS, **hardware_defaults(user), **user}
     if not can_evaluate:
         for key in ("eval_strategy", "load_best_model_at_end", "eval_on_start"):
@@ -78,9 +85,6 @@ def effective_training(config: Config, can_evaluate: bool) -> dict[str, Any]:
 
 
 def _check(user: dict[str, Any], hints: dict[str, Any]) -> None:
-    for key in UNUSED.keys() & user.keys():
-        if user[key]:
-            raise ConfigError(f"training.{key} has no effect here: {UNUSED[key]}")
     if user.get("hub_token") is not None:
         raise ConfigError(
             "training.hub_token would be written to config.yaml and to every checkpoint; leave it out, and set the "
@@ -106,6 +110,15 @@ def _check(user: dict[str, Any], hints: dict[str, Any]) -> None:
         raise ConfigError("training.num_train_epochs must be above 0")
 
 
+def _check_effect(chosen: dict[str, Any]) -> None:
+    """Refuses or says, of the settings that differ from their defaults, those without an effect."""
+    for key in REFUSED.keys() & chosen.keys():
+        raise ConfigError(f"training.{key} has no effect here: {REFUSED[key]}; leave it out")
+    for key in UNUSED:
+        if key in chosen and os.environ.get("RANK", "0") == "0":
+            print(f"training.{key} has no effect here: {UNUSED[key]}", file=sys.stderr)
+
+
 def _fits(hint: Any, value: Any) -> bool:
     """Whether a value is of an annotated type: an integer is also a number, true and false are neither."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -129,7 +142,12 @@ def _fits(hint: Any, value: Any) -> bool:
 def _words(hint: Any) -> str:
     """An annotation in words; the classes of the libraries are left out, since YAML cannot hold them."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    plain = [option for option in options if typing.get_origin(option) or option.__module__ == "builtins"]
+    parts = [typing.get_args(option) if typing.get_origin(option) is list else (option,) for option in options]
+    plain = [
+        option
+        for option, inner in zip(options, parts, strict=True)
+        if all(typing.get_origin(part) or part.__module__ == "builtins" for part in inner)
+    ]
     names = {dict: "keys and values", Any: "anything"}
     return " or ".join(
         "keys and values" if typing.get_origin(option) is dict else names.get(option) or type_name(option)

@@ -46,7 +46,9 @@ def sentence_tokenizer(config: Config, inputs: Inputs, tokenizer: Any, text_conf
     """The tokenizer of sentence pairs; counts what it will cut."""
     alignment = config.alignment
     room = _room(text_config, alignment.max_length)
-    sentences = SentenceTokenizer(tokenizer, alignment.skip_first_token, alignment.pooling, room)
+    sentences = SentenceTokenizer(
+        tokenizer, alignment.skip_first_token, alignment.pooling, room, _vocabulary(text_config)
+    )
     for key, rows in _by_setting("alignment", alignment, inputs.pairs):
         sentences.check(rows, key, inputs.tally)
     return sentences
@@ -73,7 +75,8 @@ def build_streams(
     streams: dict[str, Stream] = {}
     if inputs.task:
         task = config.task
-        prompts = PromptTokenizer(tokenizer, task.chat_template, _room(text_config, task.max_length))
+        room = _room(text_config, task.max_length)
+        prompts = PromptTokenizer(tokenizer, task.chat_template, room, _vocabulary(text_config))
         for key, rows in _by_setting("task", task, inputs.task):
             prompts.check(rows, key, inputs.tally, _context(text_config))
         languages = [example.language for example in inputs.task[0]]
@@ -109,6 +112,12 @@ def _room(text_config: Any, wanted: int) -> int:
 def _context(text_config: Any) -> int | None:
     context = getattr(text_config, "max_position_embeddings", None)
     return context if isinstance(context, int) and context > 0 else None
+
+
+def _vocabulary(text_config: Any) -> int | None:
+    """Rows of the embedding, if the configuration tells."""
+    rows = getattr(text_config, "vocab_size", None)
+    return rows if isinstance(rows, int) else None
 
 
 def _by_setting(name: str, section: Any, rows: tuple[list, list] | None) -> list[tuple[str, list]]:
