@@ -40,9 +40,9 @@ from fastalign.streams.base import MicroBatch
 
 TOLERANCE = 1e-5
 SECONDS = 60.0  # for the rounds: on a busy machine there are fewer
-DEFAULTS = {"layers": 8, "hidden": 256, "vocab": 8000, "tokens": 16, "micro": 16, "timed": 256, "rounds": 9}
+DEFAULTS = {"layers": 8, "hidden": 256, "vocab": 8000, "tokens": 32, "micro": 32, "timed": 256, "rounds": 9}
 if ON_GPU:
-    DEFAULTS |= {"layers": 16, "hidden": 2048, "vocab": 32000, "tokens": 32, "micro": 32, "rounds": 30}
+    DEFAULTS |= {"layers": 16, "hidden": 2048, "vocab": 32000, "rounds": 30}
 
 
 class Case:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from fastalign.config import config_from_dict
 from fastalign.errors import ConfigError, RunError
@@ -200,6 +200,29 @@ def test_a_finished_run_in_a_moved_folder_keeps_its_best_adapter(raw: dict, tmp_
     assert (tmp_path / "elsewhere" / "adapter_model.safetensors").read_bytes() == saved
     assert saved != (tmp_path / "elsewhere" / "checkpoint-8" / "adapter_model.safetensors").read_bytes()
     assert summary["steps"] == 8
+
+
+def test_early_stopping_is_continued_where_it_is_asked_for(raw_config: dict, tmp_path: Path) -> None:
+    class Cut(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 6
+
+    raw = copy.deepcopy(raw_config)
+    raw["training"] |= {
+        "max_steps": 40, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_task_loss", "greater_is_better": True,
+        "learning_rate": 1e-3, "restore_callback_states_from_checkpoint": True,
+    }  # fmt: skip
+    patience = [EarlyStoppingCallback(early_stopping_patience=4) for _ in range(3)]
+    whole = train(config_from_dict(raw), callbacks=patience[:1])
+    assert 8 < whole["steps"] < 40
+    raw["training"]["output_dir"] = str(tmp_path / "halves")
+    train(config_from_dict(raw), callbacks=[patience[1], Cut()])
+    raw["training"]["resume_from_checkpoint"] = True
+    resumed = train(config_from_dict(raw), callbacks=patience[2:])
+    assert resumed["steps"] == whole["steps"] and resumed["resumed_at"] == [6]
+    for stream in ("task", "alignment"):
+        assert resumed["streams"][stream]["loss_first"] == whole["streams"][stream]["loss_first"]
 
 
 def test_a_trainer_that_was_stopped_can_be_asked_again(raw_config: dict, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,6 +241,13 @@ class AlignTrainer(Trainer):
             warnings.filterwarnings("ignore", message="Could not find a config file")
             super()._save(output_dir, state_dict)
 
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()  # puts new objects in the place of the callbacks
+        handler = self.callback_handler
+        if self.meter not in handler.callbacks:
+            others = [callback for callback in handler.callbacks if not isinstance(callback, StreamMeter)]
+            handler.callbacks = [self.meter, *others]  # which takes up its history itself
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # Under `save_strategy: best` the answer decides whether to save: also where an interrupt asked for it.
         return super()._determine_best_metric(metrics, trial) or self.control.should_save
