@@ -153,6 +153,7 @@ def test_4_bit_bases_are_checked_too(value: float, folder: Path, run: Callable[.
         (["training.output_dir=/proc/none/here"], ["training.output_dir", "cannot write"]),
         (["model.dtype=int4"], ["model.dtype", "bfloat16"]),
         (["model.name_or_path=gpt 2?"], ["model.name_or_path"]),
+        (["model.name_or_path=" + "x" * 5000], ["model.name_or_path", "xxx"]),
         (["model.name_or_path=https://user:secretword@host/model"], ["model.name_or_path", "***"]),
     ],
 )

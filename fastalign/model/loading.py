@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,7 +103,7 @@ def load_model(config: ModelConfig, device: torch.device = CPU) -> PreTrainedMod
     load_model_config(config)
     if not sys.stderr.isatty():
         disable_progress_bar()
-    if Path(config.name_or_path).is_dir():
+    if os.path.isdir(config.name_or_path):
         refuse_pickled(config.name_or_path, Path(config.name_or_path))
     with _reaching(config, "model"), _access(config, "model"):
         options: dict[str, Any] = {"dtype": compute_dtype(config, device), **_origin(config)}
@@ -166,7 +167,7 @@ def _access(config: ModelConfig, what: str) -> Iterator[None]:
     if config.trust_remote_code or "/" in config.attn_implementation:
         with asking_hub():
             yield
-    elif Path(name).is_dir() or not may_ask_hub():
+    elif os.path.isdir(name) or not may_ask_hub():
         with offline():
             yield
     else:
@@ -224,7 +225,7 @@ class _reaching:
         self.name, self.what, self.config = config.name_or_path, what, config
         if not self.name.strip():
             raise ConfigError("model.name_or_path is missing; give a folder or a hub id")
-        if config.revision is not None and Path(self.name).is_dir():
+        if config.revision is not None and os.path.isdir(self.name):
             raise ConfigError(
                 f"model.revision: {config.revision!r} was given, but {self.name!r} is a folder, and only models of a "
                 "hub have revisions; leave it out"
@@ -240,7 +241,7 @@ class _reaching:
             return
         self._known(error, str(error))
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if Path(self.name).is_dir():
+        if os.path.isdir(self.name):
             raise ModelError(
                 f"model.name_or_path: the folder {self.name!r} holds no usable {self.what}: {reason}"
             ) from error

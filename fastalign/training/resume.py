@@ -9,6 +9,7 @@ import dataclasses
 import fnmatch
 import functools
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,7 +90,7 @@ def require_same_run(checkpoint: Path, record: Mapping[str, Any]) -> list[str]:
 
 def _may_differ(key: str, now: Mapping[str, Any]) -> bool:
     if key == "model.name_or_path":
-        return Path(now[key]).is_dir()  # it was moved
+        return os.path.isdir(now[key])  # it was moved
     return key in (*LENGTH, *STEP, *DATA) or any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE)
 
 
