@@ -200,7 +200,7 @@ def test_a_machine_that_is_taken_away(
     running.signal(number)  # a terminal that closes does so
     assert running.wait() == 1
     assert f"{signal.Signals(number).name}: finishing this step" in running.output
-    assert "continue with the same command and training.resume_from_checkpoint=true" in running.output
+    assert "continue with training.resume_from_checkpoint=true" in running.output
     last = last_checkpoint(out)
     assert last is not None
     assert resume(forks, config_file, out, whole)[1] == [int(last.name.removeprefix("checkpoint-"))]
