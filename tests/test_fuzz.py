@@ -41,10 +41,10 @@ def check(outcomes: list[Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["configs", "files"])
 def test_random_input_gets_one_clear_answer(kind: str, fuzz: ModuleType, place: Any) -> None:
-    outcomes = fuzz.campaign(place, kind, range(120), seed=11)
+    outcomes = fuzz.campaign(place, kind, range(50), seed=11)
     check(outcomes)
     codes = Counter(outcome.code for outcome in outcomes)
-    assert codes[0] >= 30 and codes[2] >= 30, f"the sample is one-sided: {codes}"
+    assert codes[0] >= 10 and codes[2] >= 10, f"the sample is one-sided: {codes}"
 
 
 @pytest.mark.slow
