@@ -21,9 +21,8 @@ from fastalign.config.keys import Config
 Run = TypeVar("Run", bound=Callable[..., Any])
 _VARIABLE = "HF_HUB_OFFLINE"  # read by peft at each call, and by child processes
 _lock = threading.RLock()  # for all that follows, since the settings are those of all threads
-_inside: list[
-    tuple[int, bool]
-] = []  # (thread, offline) of each use that has not ended, in the order of their beginnings
+# (thread, offline) of each use that has not ended, in the order of their beginnings
+_inside: list[tuple[int, bool]] = []
 _own: list[tuple[Any, str, Any]] = []  # the settings as the user has them, while there is any
 _own_variable: list[str | None] = []
 

@@ -61,15 +61,9 @@ class AlignmentStream(Stream):
         )
         self._cache = GradientCache(self._vectors, self._objective)
 
-    def collate(self, rows: Sequence[int]) -> MicroBatch:
-        return self._collate([self.train[i] for i in rows])
-
     @staticmethod
     def language(row: Pair) -> str:
         return row.direction
-
-    def where(self, row: int) -> str:
-        return self.train[row].where
 
     def begin_step(self, model: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
         """Where one forward does not hold all pairs: what every pair's vectors owe to all the others."""
@@ -135,8 +129,8 @@ class AlignmentStream(Stream):
             "meaning": meaning if config.mask_equal_meaning else None,
         }
 
-    def _collate(self, pairs: Sequence[Pair]) -> MicroBatch:
-        """Sources in the first half of the rows, their targets in the second."""
-        inputs = self.tokenizer([pair.source for pair in pairs] + [pair.target for pair in pairs])
-        inputs["meaning"] = torch.tensor([pair.meaning for pair in pairs])
-        return MicroBatch(inputs, tokens=int(inputs["attention_mask"].sum()), items=len(pairs))
+    def _collate(self, rows: Sequence[Pair]) -> MicroBatch:
+        """Sources in the first half of the batch, their targets in the second."""
+        inputs = self.tokenizer([pair.source for pair in rows] + [pair.target for pair in rows])
+        inputs["meaning"] = torch.tensor([pair.meaning for pair in rows])
+        return MicroBatch(inputs, tokens=int(inputs["attention_mask"].sum()), items=len(rows))

@@ -8,6 +8,8 @@ micro-batches, averaged over the ranks, is the loss of the step.
 from __future__ import annotations
 
 import abc
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -77,18 +79,22 @@ class Stream(abc.ABC):
         parts = [rows[first:end] for first, end in pairwise(edges)]
         return [replace(self.collate(part), rows=part) for part in parts]
 
-    @abc.abstractmethod
     def collate(self, rows: Sequence[int]) -> MicroBatch:
         """A micro-batch of the training rows with these numbers."""
+        return self._collate([self.train[row] for row in rows])
+
+    @abc.abstractmethod
+    def _collate(self, rows: Sequence[Any]) -> MicroBatch:
+        """A micro-batch of these rows."""
 
     @staticmethod
     @abc.abstractmethod
     def language(row: Any) -> str:
         """Language of one of its rows, or the direction of a pair."""
 
-    @abc.abstractmethod
     def where(self, row: int) -> str:
         """File and line of the training row with this number, for messages."""
+        return self.train[row].where
 
     def begin_step(self, model: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
         """Called once before the losses of an optimizer step, on all ranks, with all of this rank's micro-batches."""
@@ -132,6 +138,18 @@ def rank_and_world_size() -> tuple[int, int]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def is_first_rank() -> bool:
+    """Whether this is rank 0, also before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(*lines: str) -> None:
+    """Tell the user, on stderr and once, whatever the number of ranks."""
+    if is_first_rank():
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
 
 
 def my_share(count: int) -> list[tuple[int, bool]]:

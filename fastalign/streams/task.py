@@ -50,15 +50,9 @@ class TaskStream(Stream):
         )
         self._scale = 1.0  # ranks per answer token of the step
 
-    def collate(self, rows: Sequence[int]) -> MicroBatch:
-        return self._collate([self.train[i] for i in rows])
-
     @staticmethod
     def language(row: TaskExample) -> str:
         return row.language
-
-    def where(self, row: int) -> str:
-        return self.train[row].where
 
     def begin_step(self, model: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
         answer_tokens = sum(micro_batch.items for micro_batch in micro_batches)
@@ -88,8 +82,8 @@ class TaskStream(Stream):
         total, tokens = sum_over_ranks([total, tokens], device)
         return {f"eval_{self.name}_loss": total / max(tokens, 1)}
 
-    def _collate(self, examples: Sequence[TaskExample]) -> MicroBatch:
-        encoded = [self.tokenizer(example) for example in examples]
+    def _collate(self, rows: Sequence[TaskExample]) -> MicroBatch:
+        encoded = [self.tokenizer(example) for example in rows]
         labels = pad([labels for _, labels in encoded], IGNORE_INDEX)
         inputs = {
             "input_ids": pad(

@@ -17,6 +17,7 @@ from fastalign.config import TRAINING_DEFAULTS, Config, nearest
 from fastalign.config.checks import type_name
 from fastalign.errors import ConfigError
 from fastalign.model.loading import has_bf16
+from fastalign.streams.base import say
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -115,8 +116,8 @@ def _check_effect(chosen: dict[str, Any]) -> None:
     for key in REFUSED.keys() & chosen.keys():
         raise ConfigError(f"training.{key} has no effect here: {REFUSED[key]}; leave it out")
     for key in UNUSED:
-        if key in chosen and os.environ.get("RANK", "0") == "0":
-            print(f"training.{key} has no effect here: {UNUSED[key]}", file=sys.stderr)
+        if key in chosen:
+            say(f"training.{key} has no effect here: {UNUSED[key]}")
 
 
 def _fits(hint: Any, value: Any) -> bool:

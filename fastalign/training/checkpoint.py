@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastalign.config import Config
 from fastalign.errors import ConfigError, FastalignError, RunError
+from fastalign.streams.base import is_first_rank, say
 from fastalign.training.memory import gigabytes
 
 SAVING = ".saving"  # what is being written
@@ -114,13 +114,13 @@ def checkpoint_to_resume(config: Config) -> Path | None:
             why = why_not_whole(path)
             if why is None:
                 return path
-            _say(f"{path} is left out: {why}")
+            say(f"{path} is left out: {why}")
         if found:
             raise ConfigError(
                 f"training.resume_from_checkpoint: no checkpoint in {str(config.output_dir)!r} is whole; remove them "
                 "to start over"
             )
-        _say(f"no checkpoint in {config.output_dir}: starting from the beginning")
+        say(f"no checkpoint in {config.output_dir}: starting from the beginning")
         return None
     if not isinstance(wanted, str) or "\0" in wanted or not (Path(wanted) / STATE).is_file():
         raise ConfigError(f"training.resume_from_checkpoint: {wanted!r} is not a checkpoint folder, true or false")
@@ -135,7 +135,7 @@ def checkpoint_to_resume(config: Config) -> Path | None:
 
 def restore(folder: Path) -> None:
     """Undo what a killed process has left half done: what it wrote or deleted goes, what it replaced comes back."""
-    if not folder.is_dir() or not _first():
+    if not folder.is_dir() or not is_first_rank():
         return
     for path in folder.glob(f"{REPLACED}*"):
         original = folder / path.name.removeprefix(REPLACED)
@@ -158,7 +158,7 @@ def staged(folder: Path, name: str) -> Iterator[Path]:
             staging.mkdir(parents=True, exist_ok=True)
             yield staging
             _barrier()
-            if _first():
+            if is_first_rank():
                 _flush(staging / name)
                 _move(staging / name, folder / name)
                 shutil.rmtree(staging)
@@ -170,7 +170,7 @@ def staged(folder: Path, name: str) -> Iterator[Path]:
 
 def rotate(folder: Path, limit: int | None, newest: str, best: str | None) -> None:
     """Delete the oldest checkpoints beyond `limit`, but not the newest and not the best; as transformers does."""
-    if not limit or limit < 0 or not _first():
+    if not limit or limit < 0 or not is_first_rank():
         return
     found = sorted(checkpoints(folder), key=lambda path: (path.stat().st_mtime, step_of(path)))
     kept = {path for path in found if path.name in (newest, Path(best or "").name)}
@@ -178,7 +178,7 @@ def rotate(folder: Path, limit: int | None, newest: str, best: str | None) -> No
         try:
             delete(path)
         except OSError as error:  # it only takes room
-            _say(f"{path} cannot be deleted ({error.strerror})")
+            say(f"{path} cannot be deleted ({error.strerror})")
 
 
 def delete(checkpoint: Path) -> None:
@@ -196,7 +196,7 @@ def save_final(save_model: Callable[[str], None], folder: Path) -> None:
     try:
         save_model(str(staging))
         _barrier()
-        if _first():
+        if is_first_rank():
             _flush(staging)
             for path in sorted(staging.iterdir()):
                 target = folder / path.name
@@ -290,12 +290,3 @@ def _flush_folder(folder: Path) -> None:
 def _barrier() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
-
-
-def _first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _say(line: str) -> None:
-    if _first():
-        print(line, file=sys.stderr)

@@ -16,7 +16,7 @@ import torch
 from fastalign.errors import RunError
 from fastalign.streams.base import MicroBatch, Stream
 from fastalign.training.checkpoint import how_to_continue, last_checkpoint
-from fastalign.training.memory import activation_bytes, first_line, free_bytes, gigabytes
+from fastalign.training.memory import activation_bytes, free_bytes, gigabytes
 
 STOPPED = "stopped.json"
 SHOWN = 5  # rows that a message names
@@ -37,11 +37,11 @@ class Moment:
     allocated: int
 
 
-def out_of_memory(error: BaseException, moment: Moment | None, model: Any, args: Any) -> RunError:
+def out_of_memory(why: str, moment: Moment | None, model: Any, args: Any) -> RunError:
     """What there was too little memory for, how much was predicted and how much was free, and what to lower.
 
     Args:
-        error: that was raised.
+        why: first line of the error that was raised.
         moment: what was going on; None between forwards, as in the optimizer and in evaluation.
         model: that is trained, in whatever wraps it.
         args: `transformers.TrainingArguments`.
@@ -51,7 +51,7 @@ def out_of_memory(error: BaseException, moment: Moment | None, model: Any, args:
     if moment is None:
         free = gigabytes(free_bytes(device))
         return RunError(
-            f"out of memory outside of a training forward ({first_line(error)}); {free} is free; lower "
+            f"out of memory outside of a training forward ({why}); {free} is free; lower "
             "training.per_device_eval_batch_size or alignment.micro_batch_size, or set model.quantization: nf4, or "
             f"training.optim: adamw_bnb_8bit; {go_on}"
         )
@@ -77,7 +77,7 @@ def out_of_memory(error: BaseException, moment: Moment | None, model: Any, args:
         *([] if args.gradient_checkpointing else ["set training.gradient_checkpointing: true"]),
     ]
     return RunError(
-        f"out of memory in the {stream.name} stream at step {moment.step} ({first_line(error)}): a forward of {rows} x "
+        f"out of memory in the {stream.name} stream at step {moment.step} ({why}): a forward of {rows} x "
         f"{width} = {rows * width:,} tokens ({micro_batch.tokens:,} without padding) through {blocks} layers; "
         f"predicted {predicted:,} bytes above the weights ({gigabytes(predicted)}), free were {free:,} "
         f"({gigabytes(free)}); "

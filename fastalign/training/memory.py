@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,6 +59,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     signs = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(sign.lower() in str(error).lower() for sign in signs)
+
+
+@contextmanager
+def told_out_of_memory(tell: Callable[[str], FastalignError]) -> Iterator[None]:
+    """Raises what `tell` makes of the first line of the error where memory runs out; lets all else pass."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise tell(first_line(error)) from error
 
 
 def gigabytes(count: float) -> str:

@@ -12,6 +12,7 @@ from typing import IO
 
 from fastalign.config import SAVED
 from fastalign.errors import ConfigError
+from fastalign.streams.base import is_first_rank
 from fastalign.training.checkpoint import checkpoints, delete, step_of
 
 # What a run leaves, and a later one would replace; of these, what tells how it ended.
@@ -106,7 +107,7 @@ class Lock:
 
     def acquire(self) -> None:
         """Take the lock, once there is a folder. ConfigError where another process has it."""
-        if self._file is not None or not self.folder.is_dir() or os.environ.get("RANK", "0") != "0":
+        if self._file is not None or not self.folder.is_dir() or not is_first_rank():
             return
         try:
             import fcntl

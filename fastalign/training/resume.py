@@ -10,7 +10,6 @@ import fnmatch
 import functools
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import TrainerCallback
 
 from fastalign.config import Config, config_from_dict, config_to_dict
 from fastalign.errors import ConfigError
+from fastalign.streams.base import say
 from fastalign.training.checkpoint import RECORD
 
 SHOWN = 3  # differences that a message names
@@ -142,7 +142,7 @@ class TakeUp(TrainerCallback):
             if best.exists():
                 state.best_model_checkpoint = str(best)
             elif args.load_best_model_at_end and args.process_index == 0:
-                print(f"{best}, the best checkpoint so far, is gone; the best one from here on counts", file=sys.stderr)
+                say(f"{best}, the best checkpoint so far, is gone; the best one from here on counts")
                 state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 

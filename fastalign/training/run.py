@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from fastalign.model.early_exit import hidden_at
 from fastalign.model.encode import resolve_layer
 from fastalign.model.loading import add_adapter, load_model, load_model_config, load_tokenizer
 from fastalign.probing.retrieval import choose_pairs, retrieval
-from fastalign.streams.base import gather_over_ranks, rank_and_world_size
+from fastalign.streams.base import gather_over_ranks, is_first_rank, say
 from fastalign.training.arguments import effective_training, training_arguments
 from fastalign.training.checkpoint import (
     checkpoint_to_resume,
@@ -37,7 +36,7 @@ from fastalign.training.checkpoint import (
 )
 from fastalign.training.inputs import Inputs, build_streams, read_inputs, sentence_tokenizer
 from fastalign.training.interrupt import SaveOnInterrupt
-from fastalign.training.memory import first_line, free_bytes, gigabytes, is_out_of_memory
+from fastalign.training.memory import free_bytes, gigabytes, is_out_of_memory, told_out_of_memory
 from fastalign.training.output import clear, is_unfinished, locked, require_free_folder
 from fastalign.training.plan import plan, plan_lines, total_steps
 from fastalign.training.record import device_name, kernels, versions
@@ -70,7 +69,7 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
     schedule = Schedule(config.schedule.mode, config.schedule.ratio)
     _require_data(config, schedule)
     with locked(config.output_dir) as lock:
-        checkpoint, resumes = _begin(config, overwrite) if _is_first() else (None, False)
+        checkpoint, resumes = _begin(config, overwrite) if is_first_rank() else (None, False)
         text_config = load_model_config(config.model).get_text_config()
         layers = _layers(config, text_config.num_hidden_layers)
         tokenizer = load_tokenizer(config.model)
@@ -107,10 +106,10 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
         )
         _try_early_exit(model, layers)
         planned = plan(schedule, streams, steps, args.world_size)
-        _say([*_unused_gpus(args), *changes, *inputs.tally.lines(), *plan_lines(planned, streams)])
+        say(*_unused_gpus(args), *changes, *inputs.tally.lines(), *plan_lines(planned, streams))
         with disk_errors(config.output_dir):
             config.output_dir.mkdir(parents=True, exist_ok=True)
-            if rank_and_world_size()[0] == 0:
+            if is_first_rank():
                 lock.acquire()
                 require_free_folder(config.output_dir, overwrite, resumes=resumes)  # still
                 clear(config.output_dir, step_of(checkpoint) if resumes and checkpoint else None)
@@ -134,14 +133,9 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
                 **_measured(trainer, probe),
                 **_record(config, trainer, inputs, planned),
             }
-            if rank_and_world_size()[0] == 0:
+            if is_first_rank():
                 write_text(config.output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def _is_first() -> bool:
-    """Whether this is the first rank, also before there is a process group."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _begin(config: Config, overwrite: bool) -> tuple[Path | None, bool]:
@@ -177,12 +171,6 @@ def _trainer(model: torch.nn.Module, args: Any, **kwargs: Any) -> AlignTrainer:
     return trainer
 
 
-def _say(lines: Sequence[str]) -> None:
-    if rank_and_world_size()[0] == 0:
-        for line in lines:
-            print(line, file=sys.stderr, flush=True)
-
-
 def _unused_gpus(args: Any) -> list[str]:
     count = torch.cuda.device_count() if args.device.type == "cuda" and args.world_size == 1 else 1
     return (
@@ -193,30 +181,30 @@ def _unused_gpus(args: Any) -> list[str]:
 def _load(config: Config, device: torch.device) -> torch.nn.Module:
     """The base in its adapter. RunError where it does not fit into memory."""
     free = free_bytes(device)
-    try:
-        return add_adapter(load_model(config.model, device), config.adapter)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RunError(
-            f"out of memory while loading the base model ({first_line(error)}); {gigabytes(free)} were free; set "
+
+    def tell(why: str) -> RunError:
+        return RunError(
+            f"out of memory while loading the base model ({why}); {gigabytes(free)} were free; set "
             "model.quantization: nf4 or model.dtype: bfloat16, or take a smaller model"
-        ) from error
+        )
+
+    with told_out_of_memory(tell):
+        return add_adapter(load_model(config.model, device), config.adapter)
 
 
 def _measured(trainer: AlignTrainer, probe: Probe | None) -> dict[str, Any]:
     """Retrieval before and after, and the last evaluation: of the step whose adapter is saved."""
     results: dict[str, Any] = {}
     if probe is not None:
-        try:
+
+        def tell(why: str) -> RunError:
+            return RunError(
+                f"out of memory while retrieval was measured after the training ({why}); the adapter is saved in "
+                f"{str(trainer.args.output_dir)!r}, only summary.json is missing"
+            )
+
+        with told_out_of_memory(tell):
             after = probe(trainer.model_wrapped)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise RunError(
-                f"out of memory while retrieval was measured after the training ({first_line(error)}); the adapter is "
-                f"saved in {str(trainer.args.output_dir)!r}, only summary.json is missing"
-            ) from error
         results["retrieval"] = {**trainer.meter.notes.get("retrieval", {}), "after": after}
     evaluated = [entry for entry in trainer.state.log_history if "eval_runtime" in entry]
     if trainer.args.load_best_model_at_end:
@@ -271,8 +259,8 @@ def _probe(tokenizer: SentenceTokenizer, pairs: list[Pair], layer: int, limit: i
     """Retrieval at a layer on held-out pairs; None, said once, where there are too few of them."""
     chosen = choose_pairs(pairs, limit)
     left_out = sorted({pair.direction for pair in pairs} - {pair.direction for pair in chosen})
-    if left_out and rank_and_world_size()[0] == 0:
-        print(f"retrieval is not measured for {listed(left_out)}: fewer than two held-out pairs", file=sys.stderr)
+    if left_out:
+        say(f"retrieval is not measured for {listed(left_out)}: fewer than two held-out pairs")
     return (lambda model: retrieval(model, tokenizer, chosen, layer)) if chosen else None
 
 

@@ -29,7 +29,7 @@ from fastalign.errors import ConfigError
 from fastalign.streams.base import MicroBatch, Stream, gather_over_ranks, rank_and_world_size
 from fastalign.training.checkpoint import RECORD, STATE, rotate, staged, write_text
 from fastalign.training.failures import Moment, out_of_memory, stop_not_finite, stop_ruined_adapter
-from fastalign.training.memory import is_out_of_memory
+from fastalign.training.memory import told_out_of_memory
 from fastalign.training.meter import StreamMeter
 from fastalign.training.plan import total_steps
 from fastalign.training.resume import TakeUp
@@ -173,12 +173,8 @@ class AlignTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent's. RunError where memory runs out or a loss is no longer finite."""
-        try:
+        with told_out_of_memory(lambda why: out_of_memory(why, self._moment, self.model, self.args)):
             return super().train(*args, **kwargs)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise out_of_memory(error, self._moment, self.model, self.args) from error
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
