@@ -24,7 +24,7 @@ GPU_SECONDS ?= 500
 GPU_USES   := torch triton transformers peft accelerate datasets safetensors yaml numpy tqdm bitsandbytes pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format compile compile-all gpu clean
+.PHONY: help demo test test-slow lint format docs compile compile-all gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,9 @@ lint: $(DEV) ## ruff (lint and format) and pyright, changing nothing
 format: $(DEV) ## let ruff mend and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(RUN) ## write docs/configuration.md and examples/all_keys.yaml anew from fastalign/config/keys.py
+	$(BIN)/python -c 'from pathlib import Path; from fastalign.config.reference import write; write(Path("."))'
 
 compile: $(DEV) ## every kernel for every GPU: registers, shared memory, spills, matrix instructions; no GPU needed
 	env -u TRITON_INTERPRET $(BIN)/python -m fastalign_kernels.compile $(COMPILE_ARGS)

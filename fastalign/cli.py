@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastalign.config import SECTIONS, TRAINING_DEFAULTS, describe, load_config
+from fastalign.config import NESTED, SECTIONS, TRAINING_DEFAULTS, describe, load_config
 from fastalign.errors import FastalignError, RunError, mask_secrets
 
 Summary = dict[str, Any]
@@ -101,9 +101,29 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "overrides", metavar="section.key=value", nargs="*", default=[], help="e.g. training.max_steps=100"
     )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="read config, data and tokenizer, show what would be trained on and what it needs, and stop",
+    )
     train.add_argument("--overwrite", action="store_true", help="replace results that the output folder holds")
     _add_json(train)
-    train.set_defaults(run=_train, table=_train_table)
+    train.set_defaults(run=_train, table=lambda result: "\n".join(result.get("lines", ())) or _train_table(result))
+
+    init = commands.add_parser(
+        "init",
+        help="write a starter config for your model and data",
+        description="Write a commented config that runs as it is: looks at the rows for the template and the lengths, "
+        "and at the model for what fits into the memory. Asks nothing; what it does not know says FILL IN.",
+    )
+    init.add_argument("--model", default="", help="folder or hub id of a decoder")
+    init.add_argument("--task-data", nargs="+", default=[], metavar="FILE", help="rows of the task")
+    init.add_argument("--parallel", nargs="+", default=[], metavar="FILE", help="sentence pairs")
+    init.add_argument("--gpu-memory", metavar="SIZE", help="e.g. 8GB, of another GPU than the one here, if any")
+    init.add_argument("--out", default="config.yaml", help="file to write (default: %(default)s)")
+    init.add_argument("--overwrite", action="store_true", help="replace that file")
+    _add_json(init)
+    init.set_defaults(run=_init, table=_init_table)
 
     demo = commands.add_parser(
         "demo",
@@ -113,8 +133,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", default="demo-output", help="folder for the results (default: %(default)s)")
     demo.add_argument(
-        "--seed", type=int, default=2, help="of the corpus, the model and the order (default: %(default)s)"
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[2],
+        metavar="N",
+        help="of the corpus, the model and the order, each a run of its own, e.g. 2 3 4 for a spread (default: 2)",
     )
+    demo.add_argument("--control", action="store_true", help="train once more with pairs that are no translations")
     demo.add_argument("--overwrite", action="store_true", help="replace results that the folder holds")
     _add_json(demo)
     demo.set_defaults(run=_demo, table=_demo_table)
@@ -122,7 +148,16 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor",
         help="what this machine can run, what will be used, and why",
-        description="Say which kernels the alignment step gets on this machine and why, and try them on a small batch.",
+        description="Try every library that a run may need, each in a process of its own, and say what will be used, "
+        "why, and how to mend what is missing or broken. Nothing is fetched or sent. The exit code is 1 if a run "
+        "cannot work here.",
+    )
+    doctor.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="that each part may take before it counts as hanging (default: %(default)g)",
     )
     _add_json(doctor)
     doctor.set_defaults(run=_doctor, table=_doctor_table)
@@ -136,7 +171,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 def _keys() -> str:
     """Every key of the config with type, default and meaning, from the one place they are written down."""
     lines = ["keys (type, default):"]
-    for section, cls in SECTIONS.items():
+    for section, cls in {**SECTIONS, **NESTED}.items():
         lines += ["", f"{section}:  {' '.join((cls.__doc__ or '').split())}"]
         for name, kind, default, text in describe(section):
             lines.append(f"  {name}  ({kind}; {default})")
@@ -156,6 +191,11 @@ def _quiet_stdout(active: bool) -> contextlib.AbstractContextManager:
 
 def _train(arguments: argparse.Namespace) -> Summary:
     config = load_config(arguments.config, arguments.overrides)
+
+    if arguments.dry_run:
+        from fastalign.training.preview import dry_run
+
+        return dry_run(config, overwrite=arguments.overwrite)
 
     from fastalign.training.run import train
 
@@ -191,47 +231,54 @@ def _train_table(summary: Summary) -> str:
     return "\n".join(lines)
 
 
+def _init(arguments: argparse.Namespace) -> Summary:
+    from fastalign.starter import write_starter
+
+    return write_starter(
+        arguments.out,
+        overwrite=arguments.overwrite,
+        model=arguments.model,
+        task_data=arguments.task_data,
+        parallel=arguments.parallel,
+        gpu_memory=arguments.gpu_memory,
+    )
+
+
+def _init_table(result: Summary) -> str:
+    return "\n".join([*result["lines"], f"wrote {result['out']}; next:", *(f"  {line}" for line in result["next"])])
+
+
 def _demo(arguments: argparse.Namespace) -> Summary:
     from fastalign.demo import demo
 
-    return {"out": arguments.out, **demo(arguments.out, seed=arguments.seed, overwrite=arguments.overwrite)}
+    result = demo(arguments.out, seeds=arguments.seeds, control=arguments.control, overwrite=arguments.overwrite)
+    return {"out": arguments.out, **result}
 
 
 def _demo_table(result: Summary) -> str:
-    plain, aligned = result["arms"]["task_only"], result["arms"]["aligned"]
-    start = plain["retrieval"]["before"]["languages"]
-    lines = [
-        "",
-        "Trained on English commands only; tested on commands with templates and values never trained on.",
-        f"{'':<10}{'translation found, %':>30}{'intent right, %':>24}",
-        f"{'language':<10}{'start':>10}{'plain':>10}{'aligned':>10}{'plain':>14}{'aligned':>10}",
-    ]
-    for language, score in plain["intent_accuracy"].items():
-        row = f"{language:<10}"
-        for column in (start, plain["retrieval"]["after"]["languages"], aligned["retrieval"]["after"]["languages"]):
-            row += f"{100 * column[language]:>10.0f}" if language in column else f"{'-':>10}"
-        lines.append(row + f"{100 * score:>14.0f}{100 * aligned['intent_accuracy'][language]:>10.0f}")
-    unhelped = [k for k, v in plain["intent_accuracy"].items() if aligned["intent_accuracy"][k] <= v and k != "en"]
-    if unhelped:
-        lines.append(f"No better with alignment in this run: {', '.join(unhelped)}.")
-    lines += ["", f"{result['seconds']:.0f} s; adapters, summaries and these numbers in {result['out']}"]
-    return "\n".join(lines)
+    from fastalign.demo.page import table
+
+    return "\n".join([table(result), "", f"{result['seconds']:.0f} s; {result['out']}/report.html shows all of it"])
 
 
-def _doctor(_: argparse.Namespace) -> Summary:
+def _doctor(arguments: argparse.Namespace) -> Summary:
     from fastalign.doctor import doctor
 
-    found = doctor()
-    return {**found, "problems": [problem] if (problem := found["kernels"]["problem"]) else []}
+    return doctor(limit=arguments.timeout)
 
 
 def _doctor_table(found: Summary) -> str:
-    kernels = found["kernels"]
-    name = {"triton": "Triton kernels", "torch": "PyTorch twins"}[kernels["backend"]]
-    lines = [f"{package:<14}{version or 'not installed'}" for package, version in found["versions"].items()]
-    lines += [
-        f"{'device':<14}{found['device']}",
-        f"{'kernels':<14}{name} for pooling and the contrastive loss; {kernels['why']}",
-        f"{'trial':<14}{kernels['problem'] or 'loss and gradient of a small batch agree with fp64'}",
-    ]
-    return "\n".join(lines)
+    from fastalign.doctor import table
+
+    return table(found)
+
+
+def _seconds(text: str) -> float:
+    """Of an option: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
+    return value

@@ -103,7 +103,7 @@ FILES: dict[str, tuple[str, Callable[[bytes], bytes], list[str]]] = {
     "100,000 keys": (
         "x.jsonl",
         lambda good: jsonl([{f"K{i}": "a" for i in range(100_000)}]),
-        ["line 1: found", "K0, K1", "(100,000 in all)"],
+        ["line 1: found", "K0 ('a'), K1", "(100,000 in all)"],
     ),
     "keys that drive a terminal": ("x.jsonl", lambda good: b'{"\\u001b[2JK": 1}', ["line 1: found", "\\x1b[2JK"]),
     "no parquet": ("x.parquet", lambda good: good, ["x.parquet cannot be read as parquet"]),
@@ -202,7 +202,7 @@ TASK_ROWS: dict[str, tuple[list, list[str], list[str]]] = {
         ["line 13: messages must begin with a prompt and end with the assistant's answer"],
     ),
     "a language that is not in the data": (TASK, ["task.languages=[xx]"], ["'xx' is not in task.data; there: en"]),
-    "another template's rows": (TASK, ["task.template=ner"], ["line 1: no tags, tokens; found prompt, response, lang"]),
+    "another template's rows": (TASK, ["task.template=ner"], ["line 1: no tags, tokens; found keys prompt ('set"]),
     "tags that do not fit": (
         [{"lang": "en", "tokens": ["a", "b"], "tags": ["O"]}],
         ["task.template=ner"],

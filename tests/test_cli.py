@@ -126,7 +126,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "no task data": (["task.data=null"], ["task.data is missing", "align_only"]),
     "no alignment data": (["alignment.data=null"], ["alignment.data is missing", "task_only"]),
-    "wrong template": (["task.template=slots"], ["line 1", "tokens", "prompt, response"]),
+    "wrong template": (["task.template=slots"], ["line 1", "tokens", "keys prompt ('set"]),
     "target modules that match nothing": (["adapter.target_modules=[nothing]"], ["adapter.target_modules", "q_proj"]),
     "nothing to evaluate on": (
         ["task.eval_share=0", "alignment.eval_share=0", "training.eval_strategy=steps"],
@@ -159,7 +159,7 @@ def test_mistakes(name: str, config_file: Path, tmp_path: Path, capsys: pytest.C
     ("content", "said"),
     [
         (b'{"prompt": "a", "response": "b"}\n{"prompt": \n', ["line 2", "JSON"]),
-        (b'{"question": "a", "reply": "b"}\n', ["line 1", "question, reply", "prompt"]),
+        (b'{"question": "a", "reply": "b"}\n', ["line 1", "question ('a'), reply ('b')", "prompt"]),
         (b"", ["no rows"]),
         (b"\xff\xfe\x00\x01\n", ["UTF-8"]),
         (b'{"prompt": "a", "response": ""}\n', ["line 1", "response", "is empty"]),
@@ -260,10 +260,9 @@ def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_end(config_file: Path, tmp
 
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "fastalign", "train", str(config_file), *steps]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
     lines: queue.Queue[str] = queue.Queue()
-    assert running.stdout is not None
-    threading.Thread(target=lambda: [lines.put(line) for line in running.stdout or []], daemon=True).start()
+    threading.Thread(target=lambda: [lines.put(line) for line in running.stderr or []], daemon=True).start()
     deadline = time.monotonic() + 120
     while "task_loss" not in lines.get(timeout=max(1, deadline - time.monotonic())):
         pass

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastalign.data import files
-from fastalign.data.files import Row, plain_suffix, read_sources
+from fastalign.data.files import Row, plain_suffix
+from fastalign.data.sources import read_sources
 from fastalign.data.tally import Tally
 from fastalign.errors import DataError
 
@@ -88,7 +89,7 @@ def test_tsv_and_aligned_text_in_every_compression(write, ending):
 def test_the_locale_has_no_say(write):
     """A program in a locale of ASCII reads the same, compressed or not."""
     paths = [write(f"a.jsonl{ending}", compress(LINES)) for ending, compress in COMPRESS.items()]
-    code = "import sys; from fastalign.data.files import read_sources\n"
+    code = "import sys; from fastalign.data.sources import read_sources\n"
     code += "for source in read_sources(sys.argv[1:], 'k'): print(ascii(source.rows))"
     locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     printed = subprocess.run(
@@ -266,7 +267,8 @@ def test_missing_files(tmp_path, write):
         with pytest.raises(DataError, match=r"^task\.data: file .* does not exist"):
             read_sources(spec, "task.data")
     assert "no file matches" in refusal(str(tmp_path / "*.jsonl"))
-    assert "is a folder; name its files" in refusal(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    assert "is a folder without a data set" in refusal(str(tmp_path / "empty"))
     assert "a file name is empty" in refusal("")
     assert "a file name is empty" in refusal([write("a.jsonl", LINES), ""])
 
@@ -368,7 +370,7 @@ def test_a_name_that_could_be_on_a_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     [source] = read_sources("some/thing", "k")
     assert source.rows == [{"a": 1}] and source.where(0) == "some/thing, row 1"
-    assert "'some/broken' is not a file here, and the hub gave no data set" in refusal("some/broken")
+    assert "'some/broken' is not a file here, and HF_HUB_OFFLINE forbids to ask the hub" in refusal("some/broken")
     assert asked == ["some/thing train", "some/broken train"]
 
 

@@ -28,6 +28,7 @@ ROOMS = [
     "training",
     "evaluation",
     "merging",
+    "starter",
     "demo",
     "doctor",
     "cli",
@@ -144,7 +145,7 @@ def test_our_tree_keeps_the_rule(check):
 
 def test_the_light_modules_load_no_heavy_library():
     """The package itself, its configuration and its command line: ``--help`` may not wait for torch."""
-    light = ["fastalign", "fastalign.errors", "fastalign.config", "fastalign.cli"]
+    light = ["fastalign", "fastalign.errors", "fastalign.config", "fastalign.cli", "fastalign.doctor"]
     heavy = [
         "torch",
         "triton",

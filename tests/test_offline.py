@@ -246,7 +246,7 @@ def test_data_that_is_named_by_a_hub_id_may_be_fetched(monkeypatch: pytest.Monke
     import datasets
     from huggingface_hub import constants
 
-    from fastalign.data.files import read_sources
+    from fastalign.data.sources import read_sources
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     while_reading: list[bool] = []

@@ -149,11 +149,17 @@ def test_a_language_that_first_appears_late_in_a_large_file(write):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"prompt": "a", "response": "b"}, "line 2: found keys prompt, response; known kinds: {lang, en, text}"),
-        ({"source": "tatoeba", "de": "a", "en": "b"}, "line 2: found keys source, de, en; known kinds"),
+        (
+            {"prompt": "a", "response": "b"},
+            "line 2: found keys prompt ('a'), response ('b'); known kinds: {lang, en, text}",
+        ),
+        (
+            {"source": "tatoeba", "de": "a", "en": "b"},
+            "line 2: found keys source ('tatoeba'), de ('a'), en ('b'); known kinds",
+        ),
         ({}, "line 2: found keys none"),
         ({"_id": 1}, "line 2: found keys _id"),
-        ({"DE": "a", "EN": "b"}, "line 2: found keys DE, EN"),
+        ({"DE": "a", "EN": "b"}, "line 2: found keys DE ('a'), EN ('b')"),
         ({"source": "a", "target": "b"}, "line 2: a row with source and target needs source_lang and target_lang"),
         ({"source": "a", "target": "b", "source_lang": "de", "target_lang": ""}, "needs source_lang and target_lang"),
         ({"source": "a", "target": "b", "source_lang": "de", "target_lang": 3}, "line 2: a language must be text"),
@@ -163,7 +169,7 @@ def test_a_language_that_first_appears_late_in_a_large_file(write):
         ({"lang": "x" * 10_000, "en": "a", "text": "b"}, "must be text such as de, not 'xxx"),
         ({"aa" + "-b" * 5_000: "a", "en": "b"}, "must be text such as de, not 'aa-b-b"),
         ({"k" * 10_000: "a", "en": "b"}, "line 2: found keys kkk"),
-        ({f"K{i}": "a" for i in range(100_000)}, "line 2: found keys K0, K1, K2, "),
+        ({f"K{i}": "a" for i in range(100_000)}, "line 2: found keys K0 ('a'), K1 ('a'), "),
         ({"en": "a", "de": [[["b"] * 99] * 99] * 99}, "line 2: the 'de' sentence must be text, not [[['b', 'b'"),
         ({"id": 17, "en": "a", "de": "b"}, "line 2: the 'id' sentence must be text, not 17 (keys of metadata begin"),
         ({"en": "a", "de": ["b"]}, "line 2: the 'de' sentence must be text, not ['b']"),

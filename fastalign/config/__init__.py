@@ -11,30 +11,33 @@ silent, `TRAINING_DEFAULTS` speaks.
 from __future__ import annotations
 
 import dataclasses
-import textwrap
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastalign.config.checks import make_section, nearest, refuse_secrets, type_name, validate
+from fastalign.config.checks import make_section, nearest, refuse_secrets, streams, validate
 from fastalign.config.dialect import dump_yaml, load_yaml, plain, read_yaml
 from fastalign.config.keys import (
     FREE_SECTIONS,
+    NESTED,
     PAPER_PRESET,
     SECTIONS,
     TRAINING_DEFAULTS,
     AdapterConfig,
     AlignmentConfig,
     Config,
+    Data,
+    DataSource,
     ModelConfig,
     ScheduleConfig,
     TaskConfig,
 )
+from fastalign.config.reference import commented_yaml, describe
 from fastalign.errors import ConfigError
 
 __all__ = [
     "FREE_SECTIONS",
+    "NESTED",
     "PAPER_PRESET",
     "SAVED",
     "SECTIONS",
@@ -42,6 +45,8 @@ __all__ = [
     "AdapterConfig",
     "AlignmentConfig",
     "Config",
+    "Data",
+    "DataSource",
     "ModelConfig",
     "ScheduleConfig",
     "TaskConfig",
@@ -89,6 +94,8 @@ def config_from_dict(raw: Mapping[str, Any]) -> Config:
         refuse_secrets(section, name)
         if name == "alignment" and section.get("preset") == "paper":
             section = {**PAPER_PRESET, **section}
+        if streams(section.get("data")):
+            section = {"eval_share": 0.0, **section}
         values[name] = make_section(SECTIONS[name], name, section) if name in SECTIONS else section
     config = Config(**values)
     validate(config)
@@ -110,16 +117,6 @@ def save_config(config: Config, path: str | Path) -> None:
     Path(path).write_text(config_text(config), encoding="utf-8")
 
 
-def describe(section: str) -> list[tuple[str, str, str, str]]:
-    """(key, type, default, help) of every key of a section: the source of ``--help`` and of the docs."""
-    hints = typing.get_type_hints(SECTIONS[section])
-    rows = []
-    for item in dataclasses.fields(SECTIONS[section]):
-        default = dump_yaml(item.default).splitlines()[0]
-        rows.append((item.name, type_name(hints[item.name]), default, item.metadata["help"]))
-    return rows
-
-
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     section, dot, key = dotted.partition(".")
@@ -137,22 +134,3 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not isinstance(raw[section], dict):
         raise ConfigError(f"section {section!r} must hold keys and values, not {raw[section]!r}")
     raw[section][key] = value
-
-
-def commented_yaml() -> str:
-    """A configuration that spells out every key with its default and its help: ``examples/all_keys.yaml``."""
-    lines = [
-        "# Every key with its default, made from the help texts in fastalign/config/keys.py. Keep what you change."
-    ]
-    for section, cls in SECTIONS.items():
-        lines += ["", f"# {' '.join((cls.__doc__ or '').split())}", f"{section}:"]
-        for name, kind, default, text in describe(section):
-            lines += textwrap.wrap(f"{text} ({kind})", width=110, initial_indent="  # ", subsequent_indent="  # ")
-            lines.append(f"  {name}: {default}")
-    lines += [
-        "",
-        "# Any key of transformers.TrainingArguments. These are the defaults where they differ from its own.",
-        "training:",
-    ]
-    lines += [f"  {name}: {dump_yaml(value).splitlines()[0]}" for name, value in TRAINING_DEFAULTS.items()]
-    return "\n".join(lines) + "\n"

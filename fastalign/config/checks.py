@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import errno
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from fastalign.config.keys import AlignmentConfig, Config, TaskConfig
+from fastalign.config.keys import NESTED, AlignmentConfig, Config, Data, DataSource, TaskConfig
 from fastalign.errors import ConfigError, mask_secrets, mask_tokens
 
 # No machine has the memory for more; a typo is told at once instead of in the midst of an allocation.
 MOST = {"rank": 2**16, "pairs": 2**20, "tokens": 2**24}
 # Written for the model to read; a URL with a password in them is an example.
 TEXTS = ("task.prompt", "task.system", "task.response")
+BLANK = "FILL IN"  # what `fastalign init` writes where it does not know
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -33,19 +36,19 @@ def make_section(cls: type, name: str, raw: Mapping[str, Any]) -> Any:
         if key not in hints:
             raise ConfigError(f"unknown key {name}.{key}{nearest(key, hints)}; known: {', '.join(hints)}")
         try:
-            values[key] = _coerce(hints[key], value)
+            values[key] = _coerce(hints[key], value, f"{name}.{key}")
         except TypeError:
             raise ConfigError(f"{name}.{key} must be {type_name(hints[key])}, not {value!r}") from None
     return cls(**values)
 
 
-def _coerce(hint: Any, value: Any) -> Any:
-    """`value` as the annotated type (an integer is also a number), or TypeError."""
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type (an integer is also a number), or TypeError. `where` it stands is for messages."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         for option in arguments:
             try:
-                return _coerce(option, value)
+                return _coerce(option, value, where)
             except TypeError:
                 continue
         raise TypeError
@@ -57,7 +60,16 @@ def _coerce(hint: Any, value: Any) -> Any:
     if origin is list:
         if not isinstance(value, list):
             raise TypeError
-        return [_coerce(arguments[0], item) for item in value]
+        return [_coerce(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise TypeError
+        names = {key: _coerce(arguments[0], key, where) for key in value}
+        return {names[key]: _coerce(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return make_section(typing.cast("type", hint), where, value)
+    if hint is Any:
+        return value
     if hint is type(None) and value is None:
         return None
     if hint is float and type(value) is int and abs(value) < 2**53:
@@ -76,12 +88,20 @@ def type_name(hint: Any) -> str:
         return " or ".join(str(option) for option in arguments)
     if origin is list:
         return f"a list of {type_name(arguments[0])}"
+    if origin is dict:
+        return "keys and values"
+    nested = next((name for name, cls in NESTED.items() if cls is hint), None)
+    if nested is not None:
+        return f"a {nested}"
     names = {str: "text", int: "an integer", float: "a number", bool: "true or false", type(None): "null"}
     return names.get(hint, str(hint))
 
 
 def validate(config: Config) -> None:
     """Ranges and combinations."""
+    blanks = _blanks(dataclasses.asdict(config))
+    if blanks:
+        raise ConfigError(f"still to be filled in, see {BLANK!r} in the config: {', '.join(blanks)}")
     adapter = config.adapter
     _need(adapter.r >= 1, "adapter.r", "at least 1", adapter.r)
     _need(adapter.r <= MOST["rank"], "adapter.r", f"at most {MOST['rank']:,}", adapter.r)
@@ -103,6 +123,8 @@ def validate(config: Config) -> None:
         _need(0 <= section.eval_share < 1, f"{name}.eval_share", "in [0, 1)", section.eval_share)
         heat = section.language_temperature
         _need(heat == "uniform" or float(heat) > 0, f"{name}.language_temperature", "above 0 or 'uniform'", heat)
+        for key in ("data", "eval_data"):
+            _validate_data(getattr(section, key), f"{name}.{key}", config)
     _validate_task(config.task)
     _validate_alignment(config.alignment)
     if config.streams:
@@ -110,6 +132,13 @@ def validate(config: Config) -> None:
             f"streams: {', '.join(config.streams)}: this version has the two built-in streams only; "
             "configure them under task: and alignment:"
         )
+
+
+def _blanks(value: Any, where: str = "") -> list[str]:
+    """Keys that `fastalign init` has left to the user."""
+    if isinstance(value, Mapping):
+        return [key for name, item in value.items() for key in _blanks(item, f"{where}.{name}" if where else name)]
+    return [where] if value == BLANK else []
 
 
 def _can_be_path(text: str) -> bool:
@@ -121,6 +150,11 @@ def _can_be_path(text: str) -> bool:
     except (ValueError, OSError) as error:  # a NUL; a name too long
         return getattr(error, "errno", None) not in (None, errno.ENAMETOOLONG)
     return True
+
+
+def streams(data: Any) -> bool:
+    """Whether a value of `data`, as the user or a dataclass has it, asks for streaming."""
+    return (data.get("streaming") if isinstance(data, Mapping) else getattr(data, "streaming", False)) is True
 
 
 def refuse_secrets(value: Any, where: str) -> None:
@@ -141,6 +175,57 @@ def refuse_secrets(value: Any, where: str) -> None:
 def _need(condition: bool, key: str, rule: str, value: Any) -> None:
     if not condition:
         raise ConfigError(f"{key} must be {rule}, not {value!r}")
+
+
+def _validate_data(data: Data, key: str, config: Config) -> None:
+    for source in data if isinstance(data, list) else [data]:
+        if not isinstance(source, DataSource):
+            continue
+        paths = source.path if isinstance(source.path, list) else [source.path]
+        good = bool(paths) and all(path.strip() for path in paths)
+        _need(good, f"{key}.path", "a file, a pattern, a folder or a hub id", source.path)
+        for name in ("name", "split", "revision"):
+            value = getattr(source, name)
+            _need(value is None or bool(value.strip()), f"{key}.{name}", "null or a text that is not empty", value)
+        _validate_columns(source.columns, f"{key}.columns")
+        if source.streaming:
+            _validate_stream(data, source, key, config)
+
+
+def _validate_stream(data: Data, source: DataSource, key: str, config: Config) -> None:
+    steps = config.training.get("max_steps", -1)
+    if key.endswith("eval_data"):
+        raise ConfigError(f"{key}.streaming: held-out rows are all read before the first step; leave streaming out")
+    if isinstance(data, list):
+        raise ConfigError(
+            f"{key}.streaming: a stream is one source alone, not an item of a list; name files by a pattern"
+        )
+    if not (isinstance(steps, int) and steps > 0):
+        raise ConfigError(f"{key}.streaming: nobody knows how long a stream is; set training.max_steps")
+    if source.split is not None and re.search(r"[\[+]", source.split):
+        raise ConfigError(f"{key}.split: {source.split!r} is a part or a sum of splits, which cannot be streamed")
+    section = getattr(config, key.partition(".")[0])
+    if section.eval_share and section.eval_data is None:
+        raise ConfigError(
+            f"{key.partition('.')[0]}.eval_share: nothing can be held out of a stream; leave it out, and give "
+            "eval_data to evaluate"
+        )
+
+
+def _validate_columns(columns: Mapping[str, Any] | None, key: str) -> None:
+    if columns is None:
+        return
+    named = False
+    for ours, theirs in columns.items():
+        _need(bool(ours.strip()), key, "our keys with their columns, without an empty name", ours)
+        if isinstance(theirs, str):
+            named = True
+            _need(bool(theirs.strip()), f"{key}.{ours}", "the name of a column", theirs)
+        else:
+            good = isinstance(theirs, Mapping) and theirs.keys() == {"value"}
+            good = good and isinstance(theirs["value"], (str, int, float))
+            _need(good, f"{key}.{ours}", "the name of a column, or {value: ...} with a text or a number", theirs)
+    _need(named, key, "a mapping of our keys to their columns, of one column at least", dict(columns))
 
 
 def _validate_task(task: TaskConfig) -> None:

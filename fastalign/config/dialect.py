@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Hashable, Mapping
@@ -77,9 +78,10 @@ def _refuse_bomb(root: yaml.Node) -> None:
         raise yaml.YAMLError(f"it holds more than {MOST_VALUES:,} values, anchors included, or an anchor holds itself")
 
 
-def dump_yaml(value: Any) -> str:
+def dump_yaml(value: Any, *, one_line: bool = False) -> str:
     """`value` as YAML, keys in their order."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    layout: dict[str, Any] = {"default_flow_style": True, "width": 1_000_000} if one_line else {}
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **layout)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -101,7 +103,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """`value` as YAML can hold it: paths as text, tuples as lists, any mapping as a dictionary."""
+    """`value` as YAML can hold it: paths as text, tuples as lists, any mapping or dataclass as a dictionary."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):

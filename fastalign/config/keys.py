@@ -70,18 +70,46 @@ class AdapterConfig:
 
 
 @dataclass(kw_only=True)
+class DataSource:
+    """Rows that a path alone does not name: another split, other columns. Stands where a path may stand."""
+
+    path: str | list[str] = _help(
+        "File(s), a pattern, a hub id, or a folder that `datasets` can load. Required; the other keys are optional.", ""
+    )
+    name: str | None = _help("Configuration of the data set, where it has several, e.g. de-en.", None)
+    split: str | None = _help(
+        "Split of the data set, also train[:1000] or train+test. Not given: train, or the only one there is.", None
+    )
+    revision: str | None = _help("Branch, tag or commit on the hub.", None)
+    columns: dict[str, Any] | None = _help(
+        "Our key: their column, e.g. {prompt: question, response: answer}, or for pairs {de: german, en: english}. "
+        "Dots lead into nested columns ({de: translation.de}); {lang: {value: de}} is the same in every row. What is "
+        "not named is left out.",
+        None,
+    )
+    streaming: bool = _help(
+        "Read the rows while training, for data that do not fit into memory. Of one source alone; needs "
+        "training.max_steps, and eval_data to evaluate on, because nothing is held out of a stream.",
+        False,
+    )
+
+
+Data = str | DataSource | list[str | DataSource] | None
+"""What ``data`` and ``eval_data`` may hold."""
+
+
+@dataclass(kw_only=True)
 class TaskConfig:
     """The task: prompts and answers in the languages that have labels."""
 
-    data: str | list[str] | None = _help(
-        "JSONL (plain or compressed), parquet or TSV file(s), or a hub id. Rows: {prompt, response}, {messages}, "
+    data: Data = _help(
+        "JSONL (plain or compressed), parquet or TSV file(s), a folder of a data set, or a hub id. Rows: "
+        "{prompt, response}, {messages}, "
         "{lang, tokens, slots, intent}, {lang, tokens, tags}, {prefix, text}; for translation the rows of "
         "alignment.data: {source, target} in the direction they are written, all others to English.",
         None,
     )
-    eval_data: str | list[str] | None = _help(
-        "Held-out rows of the same kind. Not given: eval_share of `data`, chosen by hash.", None
-    )
+    eval_data: Data = _help("Held-out rows of the same kind. Not given: eval_share of `data`, chosen by hash.", None)
     eval_share: float = _help("Share of `data` held out where eval_data is not given (at most 500 rows).", 0.05)
     languages: list[str] | None = _help("Use only rows of these languages.", None)
     template: Literal["chat", "slots", "ner", "translation", "custom"] = _help(
@@ -114,13 +142,14 @@ class TaskConfig:
 class AlignmentConfig:
     """Sentence pairs that are pulled together at a middle layer."""
 
-    data: str | list[str] | None = _help(
-        "File(s) or a hub id: N-way rows (a key a language; keys that begin with _ are metadata), {lang, en, text}, "
+    data: Data = _help(
+        "File(s), a folder of a data set, or a hub id: N-way rows (a key a language; keys that begin with _ are "
+        "metadata), {translation: {de, en}}, {lang, en, text}, "
         "{source, target, source_lang, target_lang}, {text_parallel_0, text_parallel_1}, TSV whose header names "
         "two languages, or two aligned text files name.xx and name.yy.",
         None,
     )
-    eval_data: str | list[str] | None = _help(
+    eval_data: Data = _help(
         "Held-out pairs. Not given: eval_share of `data`, chosen by hash so that no sentence is on both sides.", None
     )
     eval_share: float = _help("Share of the pairs held out where eval_data is not given (at most 1,000 pairs).", 0.05)
@@ -208,4 +237,7 @@ SECTIONS: dict[str, type] = {
     "alignment": AlignmentConfig,
     "schedule": ScheduleConfig,
 }
+NESTED: dict[str, type] = {"data source": DataSource}
+"""What a key of a section may hold instead of a simple value, by the name that its type has in messages and help."""
+
 FREE_SECTIONS = ("streams", "training")

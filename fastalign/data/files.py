@@ -1,6 +1,6 @@
-"""Rows from files: JSONL, TSV and plain text (also compressed), parquet, or a data set on a hub.
+"""Rows from files: JSONL, TSV and plain text (also compressed), or parquet.
 
-`datasets` reads parquet and hubs. Text is split into lines and parsed here, because its readers infer a schema from the
+`datasets` reads parquet. Text is split into lines and parsed here, because its readers infer a schema from the
 first megabytes, and reject a key that first appears later, as in N-way files; open compressed text in the encoding of
 the locale; serve a changed file of the same age from their cache; and cannot say which line is wrong.
 """
@@ -19,13 +19,11 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastalign.config.hub import asking_hub
-from fastalign.data.tally import Tally
 from fastalign.data.text import quoted, shown
 from fastalign.errors import DataError
 
@@ -42,8 +40,8 @@ Row = dict[str, Any]
 class Source:
     """One file's rows. ``where(i)`` names row i for a message, e.g. ``pairs.jsonl, line 17``.
 
-    `fingerprint`: of a data set on a hub, which has no file of its own; may be unknown. `has_columns`: a row cannot
-    leave out a key, only leave its cell empty.
+    `fingerprint`: of a data set, which is no file; may be unknown. `has_columns`: a row cannot leave out a key, only
+    leave its cell empty. `unmapped`: where the rows hold only mapped columns, a row of what there is, for messages.
     """
 
     name: str
@@ -51,29 +49,37 @@ class Source:
     where: Callable[[int], str]
     fingerprint: str | None = None
     has_columns: bool = False
+    unmapped: Row | None = None
 
 
-def read_sources(spec: str | Sequence[str], key: str, tally: Tally | None = None) -> list[Source]:
-    """Read every file that `spec` (a path, a glob, a hub id, or a list of them) names; `key` is for messages.
+def read_file(path: str, key: str) -> Source:
+    """The rows of a file that is there. Raises DataError; `key` is for messages."""
+    name = quoted(path, NAME)
+    require_readable(path, key)
+    kind = SUFFIXES.get(plain_suffix(path))
+    if kind in ("jsonl", "tsv"):
+        lines = Lines(path)
+        rows, numbers = [], []
+        for row in text_rows(lines, path):
+            rows.append(row)
+            numbers.append(lines.place.number)
+        return Source(
+            lines.place.name, rows, lambda i: f"{lines.place.name}, line {numbers[i]}", has_columns=kind == "tsv"
+        )
+    if kind == "parquet":
+        return _read_parquet(path)
+    raise DataError(
+        f"{key}: cannot tell what {name} is; known endings: {', '.join(SUFFIXES)}, all but parquet also with "
+        f"{', '.join(COMPRESSIONS)}, or two aligned text files such as corpus.de and corpus.en"
+    )
 
-    Two aligned text files, one after the other, are one source. The files are recorded in `tally`.
 
-    Raises:
-        DataError: a file is missing, of an unknown kind, damaged, not UTF-8, not parseable (with its line), or empty.
-    """
-    paths = [path for name in ([spec] if isinstance(spec, str) else spec) for path in _paths(name, key)]
-    sources: list[Source] = []
-    while paths:
-        aligned = _aligned_text(paths[:2])
-        source = aligned or _read(paths[0], key)
-        if not source.rows:
-            raise DataError(f"{key}: {source.name} holds no rows")
-        if tally is not None:
-            for path in paths[: 2 if aligned else 1]:
-                tally.file(key, shown(path, NAME), source.fingerprint or _sha256(path), len(source.rows))
-        sources.append(source)
-        paths = paths[2 if aligned else 1 :]
-    return sources
+def require_readable(path: str, key: str) -> None:
+    """DataError where what is there is no file that can be read."""
+    if not os.path.isfile(path):  # to open a pipe that nobody writes to would wait for ever
+        raise DataError(f"{key}: {quoted(path, NAME)} is not a regular file; write the rows to one")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{key}: {quoted(path, NAME)} cannot be read (Permission denied); see its permissions")
 
 
 def plain_suffix(path: str) -> str:
@@ -86,66 +92,28 @@ def _plain_path(path: str) -> Path:
     return plain.with_suffix("") if plain.suffix.lower() in COMPRESSIONS else plain
 
 
-def _paths(name: str, key: str) -> list[str]:
-    if not name.strip():
-        raise DataError(f"{key}: a file name is empty")
-    if "\0" in name:
-        raise DataError(f"{key}: file {quoted(name, NAME)} does not exist; no file name holds a NUL")
-    name = os.path.expanduser(name)
-    if not glob.has_magic(name) or os.path.exists(name):
-        return [name]
-    found = sorted(glob.glob(name, recursive=True))
-    if not found:
-        raise DataError(f"{key}: no file matches {quoted(name, NAME)}")
-    return found
+def text_rows(lines: Lines, path: str) -> Iterator[Row]:
+    """The rows of a JSONL or TSV file, from where `lines` begins."""
+    return _jsonl_rows(lines) if SUFFIXES[plain_suffix(path)] == "jsonl" else _tsv_rows(lines, path)
 
 
-def _read(path: str, key: str) -> Source:
-    name = quoted(path, NAME)
-    if not os.path.exists(path):
-        if os.path.islink(path):
-            raise DataError(f"{key}: {name} is a link to a file that does not exist")
-        if plain_suffix(path) in SUFFIXES or path.startswith((".", "/")) or path.count("/") != 1:
-            raise DataError(f"{key}: file {name} does not exist")
-        return _read_hub(path, key)
-    if os.path.isdir(path):
-        raise DataError(f"{key}: {name} is a folder; name its files, e.g. {shown(path.rstrip('/'), NAME)}/*.jsonl")
-    if not os.path.isfile(path):  # to open a pipe that nobody writes to would wait for ever
-        raise DataError(f"{key}: {name} is not a regular file; write the rows to one")
-    if not os.access(path, os.R_OK):
-        raise DataError(f"{key}: {name} cannot be read (Permission denied); see its permissions")
-    kind = SUFFIXES.get(plain_suffix(path))
-    if kind == "jsonl":
-        return _read_jsonl(path)
-    if kind == "tsv":
-        return _read_tsv(path)
-    if kind == "parquet":
-        return _read_parquet(path)
-    raise DataError(
-        f"{key}: cannot tell what {name} is; known endings: {', '.join(SUFFIXES)}, all but parquet also with "
-        f"{', '.join(COMPRESSIONS)}, or two aligned text files such as corpus.de and corpus.en"
-    )
-
-
-def _read_jsonl(path: str) -> Source:
-    rows, numbers = [], []
-    name, lines = shown(path, NAME), _lines(path)
-    for number, line in enumerate(lines, start=1):
+def _jsonl_rows(lines: Lines) -> Iterator[Row]:
+    """The object on each line that is not blank; `lines` knows which line it was."""
+    for line in lines:
         if not line.strip():
             continue
+        where = lines.where
         try:
             row = json.loads(line, object_pairs_hook=_without_duplicates)
             if SURROGATE.search(line):
                 json.dumps(row, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             cut = "; it is the last line: is the file cut off?" if _ends_early(line, error) and _at_end(lines) else ""
-            raise DataError(f"{name}, line {number}: {_why_not_json(line, error)}{cut}") from None
+            raise DataError(f"{where}: {_why_not_json(line, error)}{cut}") from None
         if not isinstance(row, dict):
             what = "an array; write its items on lines of their own" if isinstance(row, list) else quoted(row)
-            raise DataError(f"{name}, line {number}: must be an object such as {{...}}, not {what}")
-        rows.append(row)
-        numbers.append(number)
-    return Source(name, rows, lambda i: f"{name}, line {numbers[i]}")
+            raise DataError(f"{where}: must be an object such as {{...}}, not {what}")
+        yield row
 
 
 def _ends_early(line: str, error: Exception) -> bool:
@@ -179,26 +147,31 @@ def _why_not_json(line: str, error: Exception) -> str:
     return f"not JSON ({error.msg.removesuffix(' at')}, column {error.colno}); each line must be one object"
 
 
-def _read_tsv(path: str) -> Source:
-    """Tab-separated with a header line; no quoting, as is usual for parallel text."""
-    name, lines = shown(path, NAME), _lines(path)
-    header = [column.strip() for column in next(lines, "").split("\t")]
+def _tsv_rows(lines: Lines, path: str) -> Iterator[Row]:
+    """The cells of each line that is not blank; the header is the file's first line, wherever `lines` begins.
+
+    Tabs separate, and there is no quoting, as is usual for parallel text.
+    """
+    first = lines if lines.place.number == 0 else Lines(path)
+    header = [column.strip() for column in next(first, "").split("\t")]
     if len(header) < 2 or len(set(header)) < len(header) or not all(header):
-        raise DataError(f"{name}, line 1: a TSV needs a header of two or more different names, e.g. de<TAB>en")
-    rows, numbers = [], []
-    for number, line in enumerate(lines, start=2):
+        raise DataError(
+            f"{lines.place.name}, line 1: a TSV needs a header of two or more different names, e.g. de<TAB>en"
+        )
+    for line in lines:
         if not line.strip():
             continue
         cells = line.split("\t")
         if len(cells) != len(header):
-            raise DataError(f"{name}, line {number}: {len(cells)} columns where the header has {len(header)}")
-        rows.append(dict(zip(header, cells, strict=True)))
-        numbers.append(number)
-    return Source(name, rows, lambda i: f"{name}, line {numbers[i]}", has_columns=True)
+            raise DataError(f"{lines.where}: {len(cells)} columns where the header has {len(header)}")
+        yield dict(zip(header, cells, strict=True))
 
 
-def _aligned_text(paths: list[str]) -> Source | None:
-    """``name.de`` and ``name.en``: line i of the one translates line i of the other; the endings are the languages."""
+def read_aligned_text(paths: list[str]) -> Source | None:
+    """``name.de`` and ``name.en``: line i of the one translates line i of the other; the endings are the languages.
+
+    None where the paths are anything else.
+    """
     if len(paths) != 2 or not all(map(os.path.isfile, paths)):
         return None
     plain = [_plain_path(path) for path in paths]
@@ -208,7 +181,7 @@ def _aligned_text(paths: list[str]) -> Source | None:
     if any(path.suffix.lower() in SUFFIXES for path in plain):
         return None
     names = [shown(path, NAME) for path in paths]
-    sides = [list(_lines(path)) for path in paths]
+    sides = [list(Lines(path)) for path in paths]
     if len(sides[0]) != len(sides[1]):
         raise DataError(f"{names[0]} has {len(sides[0])} lines and {names[1]} {len(sides[1])}: they must be aligned")
     rows = [dict(zip(languages, sentences, strict=True)) for sentences in zip(*sides, strict=True)]
@@ -221,7 +194,7 @@ def _read_parquet(path: str) -> Source:
     name = shown(path, NAME)
     rows: list[Row] = []
     try:
-        with _quiet():
+        with quiet():
             stream: Any = datasets.load_dataset("parquet", data_files=glob.escape(path), split="train", streaming=True)
             for table in stream.with_format("arrow").iter(batch_size=10_000):
                 rows += table.to_pylist()
@@ -231,38 +204,65 @@ def _read_parquet(path: str) -> Source:
     return Source(name, rows, lambda i: f"{name}, row {i + 1}")
 
 
-def _read_hub(name: str, key: str) -> Source:
-    import datasets
+@dataclass
+class Place:
+    """In a file: its name for messages, how many lines were read, and the bytes that they take."""
 
-    try:
-        with _quiet(), asking_hub():
-            rows = datasets.load_dataset(name, split="train")
-    except Exception as error:  # the hub's own errors share no base class
-        raise DataError(
-            f"{key}: {quoted(name, NAME)} is not a file here, and the hub gave no data set of that name with a train "
-            f"split ({type(error).__name__}); check the path, or the connection"
-        ) from None
-    fingerprint = getattr(rows, "_fingerprint", None)
-    fingerprint = None if fingerprint is None else f"fingerprint {fingerprint}"
-    return Source(shown(name, NAME), rows.to_list(), lambda i: f"{shown(name, NAME)}, row {i + 1}", fingerprint)
+    name: str
+    number: int = 0
+    offset: int = 0
 
 
-def _lines(path: str) -> Iterator[str]:
-    """The lines of a file of UTF-8, perhaps compressed. Only a newline ends one, not U+2028 and the like."""
-    number, name = 0, shown(path, NAME)
+class Lines:
+    """The lines of a file of UTF-8, perhaps compressed, from `place` on, which goes along with them.
+
+    Only a newline ends one, not U+2028 and the like.
+    """
+
+    def __init__(self, path: str, number: int = 0, offset: int = 0):
+        self.place = Place(shown(path, NAME), number, offset)
+        self._lines = _lines(path, self.place)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._lines)
+
+    @property
+    def where(self) -> str:
+        """File and line of the latest line."""
+        return f"{self.place.name}, line {self.place.number}"
+
+
+def _lines(path: str, place: Place) -> Iterator[str]:
     try:
         with _open(path) as file:
-            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
+            _skip(file, place.offset)
+            for line in iter(lambda: file.readline(LONGEST_LINE), b""):
+                place.number += 1
+                place.offset += len(line)
                 if len(line) == LONGEST_LINE:
-                    raise DataError(f"{name}, line {number}: longer than {LONGEST_LINE >> 20} MB; it must be one row")
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    most = LONGEST_LINE >> 20
+                    raise DataError(f"{place.name}, line {place.number}: longer than {most} MB; it must be one row")
+                text = line.decode("utf-8-sig" if place.number == 1 else "utf-8")
                 yield text.removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        hint = next((hint for magic, hint in MAGIC.items() if number == 1 and error.object.startswith(magic)), "")
-        raise DataError(f"{name}, line {number}: not UTF-8 ({error.reason}){hint}") from None
+        hints = (hint for magic, hint in MAGIC.items() if place.number == 1 and error.object.startswith(magic))
+        raise DataError(f"{place.name}, line {place.number}: not UTF-8 ({error.reason}){next(hints, '')}") from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = shown(getattr(error, "strerror", None) or str(error), 160)
-        raise DataError(f"{name}, line {number + 1}: cannot be read, perhaps damaged or cut off ({reason})") from None
+        line = f"{place.name}, line {place.number + 1}"
+        raise DataError(f"{line}: cannot be read, perhaps damaged or cut off ({reason})") from None
+
+
+def _skip(file: BinaryIO, offset: int) -> None:
+    """Go to an offset; what is compressed is unpacked up to there."""
+    if file.seekable():
+        file.seek(offset)
+    else:
+        while offset > 0 and (chunk := file.read(min(offset, 1 << 20))):
+            offset -= len(chunk)
 
 
 MAGIC = {
@@ -286,8 +286,8 @@ def _open(path: str) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar and no log line for every file that is opened."""
+def quiet() -> Iterator[None]:
+    """No progress bar of `datasets`, and no log line for every file that it opens."""
     import datasets
     from datasets.utils.logging import get_verbosity, set_verbosity
 
@@ -302,10 +302,8 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _sha256(path: str) -> str | None:
-    """Of the bytes of the file as it is stored; None where there is no file."""
-    if not os.path.isfile(path):
-        return None
+def sha256(path: str) -> str:
+    """Of the bytes of the file as it is stored."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

@@ -7,7 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastalign.data.files import Row, Source, read_sources
+from fastalign.config import Data
+from fastalign.data.columns import listed_columns, proposal_for_pairs
+from fastalign.data.files import Row, Source
+from fastalign.data.languages import LANGUAGE_NAMES
+from fastalign.data.sources import read_sources
 from fastalign.data.tally import Tally, listed_places
 from fastalign.data.text import has_text, is_language, listed, quoted
 from fastalign.errors import DataError
@@ -16,8 +20,8 @@ EMPTY = "pairs skipped: a side is empty"
 UNKNOWN = "und"  # ISO 639: undetermined
 LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]{1,8})*")
 KNOWN_KINDS = (
-    "{lang, en, text}; {source, target, source_lang, target_lang}; {text_parallel_0, text_parallel_1}; or one key a "
-    "language such as {de, en, fr}, where keys that begin with _ are metadata"
+    "{lang, en, text}; {source, target, source_lang, target_lang}; {text_parallel_0, text_parallel_1}; {translation: "
+    "{de, en}}; or one key a language such as {de, en, fr}, where keys that begin with _ are metadata"
 )
 
 
@@ -49,16 +53,14 @@ def is_english(language: str) -> bool:
     return re.split("[-_]", language.lower())[0] in ("en", "eng")
 
 
-def read_pairs(
-    spec: str | Sequence[str], pairs: str | list[list[str]], key: str, tally: Tally | None = None
-) -> list[Pair]:
+def read_pairs(spec: Data, pairs: str | list[list[str]], key: str, tally: Tally | None = None) -> list[Pair]:
     """All pairs of the wanted languages in the files, in file order.
 
     A pair with an empty side is left out. What is left out, and the languages without any pair, go to `tally`. In a
     TSV of more than two languages an empty cell is a sentence that is not there.
 
     Args:
-        spec: path(s) or a hub id.
+        spec: path(s), a hub id, or a `DataSource`.
         pairs: ``to_english``; ``[[source, target], ...]``; or ``as_written``, which keeps the direction of rows that
             have one, {source, target} and {text_parallel_0, text_parallel_1}, and is ``to_english`` for the others.
         key: name of the setting, for messages.
@@ -68,16 +70,48 @@ def read_pairs(
         DataError: unreadable files, rows of an unknown kind, a language or a pair that is not there, no usable pair,
             an empty side in all pairs of most rows.
     """
+    return pairs_of(read_sources(spec, key, tally), pairs, key, tally)
+
+
+def pairs_of(
+    sources: Sequence[Source],
+    pairs: str | list[list[str]],
+    key: str,
+    tally: Tally | None = None,
+    *,
+    block: int | None = None,
+    first_meaning: int = 0,
+) -> list[Pair]:
+    """As `read_pairs`, of what is read already.
+
+    Args:
+        block: number of the block whose rows these are, of a stream: none of them has to hold every language, and
+            only the first one has to hold usable pairs. None: they are all rows.
+        first_meaning: number to begin with.
+    """
     reader = _PairReader(pairs, key, Tally() if tally is None else tally)
-    for source in read_sources(spec, key, tally):
+    for source in sources:
         for i in range(len(source.rows)):
             reader.read(source, i)
-    reader.check()
+    reader.check(block)
     meanings = meaning_ids(reader.rows, reader.sentences)
     return [
-        Pair(*sentence, meaning, where)
+        Pair(*sentence, first_meaning + meaning, where)
         for sentence, meaning, where in zip(reader.sentences, meanings, reader.places, strict=True)
     ]
+
+
+class PairBlocks:
+    """Makes pairs of the blocks of a stream. Pairs of equal meaning are found within a block."""
+
+    types: list[str] | None = None
+
+    def __init__(self, pairs: str | list[list[str]]):
+        self.pairs = pairs
+
+    def block(self, source: Source, number: int, first_row: int, key: str, tally: Tally) -> list[Pair]:
+        """The pairs of a block; a meaning has its number in every pass over the stream, and no other block has it."""
+        return pairs_of([source], self.pairs, key, tally, block=number, first_meaning=first_row)
 
 
 class _PairReader:
@@ -92,11 +126,13 @@ class _PairReader:
         self.row_number = self.paired_rows = 0
         self.empty_places: list[str] = []  # of each pair with an empty side
         self.empty_rows: list[str] = []  # rows that have no other pairs
+        self.first: Row = {}  # with the columns as the file has them
         wanted = "English beside another language" if isinstance(pairs, str) else "pair of alignment.pairs"
         self.unpaired = f"rows skipped: no {wanted}"
 
     def read(self, source: Source, i: int) -> None:
         """Take the pairs of row `i`."""
+        self.first = self.first or source.unmapped or source.rows[i]
         texts, directed = _sentences(source.rows[i], source, i)
         for language, text in texts:
             self.named[language] = self.named.get(language, False) or bool(text)
@@ -118,9 +154,20 @@ class _PairReader:
         self.paired_rows += bool(wanted)
         self.row_number += 1
 
-    def check(self) -> None:
+    def check(self, block: int | None) -> None:
         """DataError if this is not what was asked for; else what was left out goes to the tally."""
-        self._check_languages()
+        if block is None:
+            self._check_languages()
+        if not block:
+            self._check_pairs()
+        for where in self.empty_places:
+            self.tally.add(self.key, EMPTY, where)
+        self.tally.out_of(self.key, EMPTY, len(self.sentences) + len(self.empty_places))
+        self.tally.out_of(self.key, self.unpaired, self.row_number)
+        if isinstance(self.pairs, str) and block is None:
+            self._note_languages_without_a_pair()
+
+    def _check_pairs(self) -> None:
         if 2 * len(self.empty_rows) > self.paired_rows:
             places = listed_places(self.empty_rows)
             raise DataError(
@@ -130,12 +177,6 @@ class _PairReader:
             )
         if not self.sentences:
             raise DataError(f"{self.key}: no pair of sentences{self._hint()} (languages: {self._there()})")
-        for where in self.empty_places:
-            self.tally.add(self.key, EMPTY, where)
-        self.tally.out_of(self.key, EMPTY, len(self.sentences) + len(self.empty_places))
-        self.tally.out_of(self.key, self.unpaired, self.row_number)
-        if isinstance(self.pairs, str):
-            self._note_languages_without_a_pair()
 
     def _check_languages(self) -> None:
         if isinstance(self.pairs, str):
@@ -160,7 +201,11 @@ class _PairReader:
             return ""
         if self.pairs == "as_written":
             return "; there is no English, and only rows with source and target may do without"
-        return "; there is no English, so name the languages, e.g. alignment.pairs: [[de, fr]]"
+        languages = "name the languages, e.g. alignment.pairs: [[de, fr]]"
+        if any(code in LANGUAGE_NAMES for name in self.named for code in re.split("[-_]", name)[:1]):
+            return f"; there is no English, so {languages}"
+        mapped = proposal_for_pairs(self.first)
+        return f"; there is no English, so {languages}, or if these are no languages{mapped.removeprefix(';')}"
 
     def _note_languages_without_a_pair(self) -> None:
         paired = {language for pair in self.sentences for language in pair[2:]}
@@ -190,14 +235,24 @@ def _sentences(row: Row, source: Source, i: int) -> tuple[list[tuple[str, str]],
         directed = True
         texts = [(row.get(f"{side}_lang"), row[side]) for side in ("source", "target")]
         if not all(language for language, _ in texts):
-            raise DataError(f"{source.where(i)}: a row with source and target needs source_lang and target_lang")
+            raise DataError(
+                f"{source.where(i)}: a row with source and target needs source_lang and target_lang, or add them by "
+                "columns: {source: source, target: target, source_lang: {value: de}, target_lang: {value: en}}"
+            )
     elif {"text_parallel_0", "text_parallel_1"} <= keys:
         directed = True
         texts = [(row.get("lang") or UNKNOWN, row["text_parallel_0"]), ("en", row["text_parallel_1"])]
     else:
+        if _is_nested(row):
+            row = row["translation"]
         names = [language for language in row if not language.startswith("_")]
         if not names or not all(map(LANGUAGE.fullmatch, names)):
-            raise DataError(f"{source.where(i)}: found keys {listed(keys) or 'none'}; known kinds: {KNOWN_KINDS}")
+            there = source.unmapped or row
+            keys_as = f" as {listed(keys)}" if source.unmapped else ""
+            raise DataError(
+                f"{source.where(i)}: found keys {listed_columns(there)}{keys_as}; known kinds: {KNOWN_KINDS}"
+                f"{proposal_for_pairs(there)}"
+            )
         texts = [(language, row[language]) for language in names if row[language] is not None]
     for language, text in texts:
         if not is_language(language):
@@ -205,9 +260,15 @@ def _sentences(row: Row, source: Source, i: int) -> tuple[list[tuple[str, str]],
         if not (text is None or isinstance(text, str)):
             raise DataError(
                 f"{source.where(i)}: the {quoted(language)} sentence must be text, not {quoted(text)} "
-                "(keys of metadata begin with _)"
+                f"(keys of metadata begin with _){proposal_for_pairs(source.unmapped or row)}"
             )
     return [(language, text.strip() if text and has_text(text) else "") for language, text in texts], directed
+
+
+def _is_nested(row: Row) -> bool:
+    """Whether the languages are one level down, as in the parallel data sets of the hubs."""
+    texts = row.get("translation")
+    return isinstance(texts, dict) and bool(texts) and all(LANGUAGE.fullmatch(str(name)) for name in texts)
 
 
 def _wanted(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 PLACES = 3  # named in a line
@@ -21,9 +21,18 @@ class Tally:
         self._totals: dict[tuple[str, str], int] = {}
         self._notes: dict[str, list[str]] = {}
 
-    def file(self, key: str, name: str, sha256: str | None, rows: int) -> None:
-        """A file of `rows` rows was read for the setting `key`."""
-        self._files.setdefault(key, []).append({"name": name, "sha256": sha256, "rows": rows})
+    def file(
+        self, key: str, name: str, sha256: str | None, rows: int, columns: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """A file of `rows` rows was read for the setting `key`, which maps its columns if `columns` are given.
+
+        Returns:
+            Its entry, in which the number of rows may grow.
+        """
+        mapped = {} if columns is None else {"columns": dict(columns)}
+        entry = {"name": name, "sha256": sha256, "rows": rows, **mapped}
+        self._files.setdefault(key, []).append(entry)
+        return entry
 
     def add(self, key: str, reason: str, where: str, count: int = 1) -> None:
         """`count` rows were dropped, skipped or cut; `where` is the place of the first of them."""
@@ -41,13 +50,38 @@ class Tally:
         """Something to say that is no count, such as a language without a pair."""
         self._notes.setdefault(key, []).append(text)
 
+    def take(self, other: Tally) -> None:
+        """Add the counts, places and notes of another one, of rows that were not counted here."""
+        for (key, reason), count in other._counts.items():
+            self.add(key, reason, "", count)
+            for where in other._places[key, reason]:
+                self.add(key, reason, where, 0)
+        for entry, total in other._totals.items():
+            self._totals[entry] = self._totals.get(entry, 0) + total
+        for key, texts in other._notes.items():
+            self._notes.setdefault(key, []).extend(texts)
+
+    def counted(self, key: str) -> dict[str, list[int]]:
+        """Of a setting the counts by reason and what they are a part of, 0 if that is not known."""
+        reasons = dict.fromkeys(reason for name, reason in [*self._counts, *self._totals] if name == key)
+        return {name: [self._counts.get((key, name), 0), self._totals.get((key, name), 0)] for name in reasons}
+
+    def restore(self, key: str, counted: Mapping[str, Sequence[int]]) -> None:
+        """The inverse of `counted`, without the places."""
+        for reason, (count, total) in counted.items():
+            if count:
+                self.add(key, reason, "", count)
+            if total:
+                self.out_of(key, reason, total)
+
     def lines(self) -> list[str]:
         """A line for the user per setting and reason, in the order of their first appearance, then the notes."""
         counted = [self._line(entry) for entry in self._counts]
         return counted + [f"{key}: {text}" for key, texts in self._notes.items() for text in texts]
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``summary.json``: ``files`` (name, sha256 and rows of each), ``rows`` (counts by reason) and ``notes``.
+        """For ``summary.json``: ``files`` (name, sha256, rows and mapped columns of each), ``rows`` (counts by
+        reason) and ``notes``.
 
         Each is a dictionary by setting; that of ``rows`` holds ``{reason: count}``.
         """

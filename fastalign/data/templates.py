@@ -25,9 +25,12 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from fastalign.config import TaskConfig
-from fastalign.data.files import Row, Source, read_sources
-from fastalign.data.parallel import Pair, is_english, read_pairs
+from fastalign.config import Data, TaskConfig
+from fastalign.data.columns import listed_columns, proposal_for_task
+from fastalign.data.files import Row, Source
+from fastalign.data.languages import LANGUAGE_NAMES
+from fastalign.data.parallel import Pair, is_english, pairs_of
+from fastalign.data.sources import read_sources
 from fastalign.data.tally import Tally
 from fastalign.data.text import has_text, is_language, listed, quoted
 from fastalign.errors import ConfigError, DataError
@@ -59,23 +62,6 @@ NO_SPACES = {  # languages written without spaces between words, also by their c
         "bod",
     ),
 }
-
-LANGUAGE_NAMES = {
-    "af": "Afrikaans", "am": "Amharic", "ar": "Arabic", "az": "Azerbaijani", "be": "Belarusian", "bg": "Bulgarian",
-    "bn": "Bengali", "bs": "Bosnian", "ca": "Catalan", "ceb": "Cebuano", "cs": "Czech", "cy": "Welsh", "da": "Danish",
-    "de": "German", "el": "Greek", "en": "English", "es": "Spanish", "et": "Estonian", "eu": "Basque", "fa": "Persian",
-    "fi": "Finnish", "fil": "Filipino", "fr": "French", "ga": "Irish", "gl": "Galician", "gsw": "Swiss German",
-    "gu": "Gujarati", "ha": "Hausa", "he": "Hebrew", "hi": "Hindi", "hr": "Croatian", "hu": "Hungarian",
-    "hy": "Armenian", "id": "Indonesian", "ig": "Igbo", "is": "Icelandic", "it": "Italian", "ja": "Japanese",
-    "jv": "Javanese", "ka": "Georgian", "kk": "Kazakh", "km": "Khmer", "kn": "Kannada", "ko": "Korean", "ky": "Kyrgyz",
-    "lo": "Lao", "lt": "Lithuanian", "lv": "Latvian", "mk": "Macedonian", "ml": "Malayalam", "mn": "Mongolian",
-    "mr": "Marathi", "ms": "Malay", "my": "Burmese", "nap": "Neapolitan", "nb": "Norwegian", "ne": "Nepali",
-    "nl": "Dutch", "nn": "Norwegian Nynorsk", "no": "Norwegian", "pa": "Punjabi", "pl": "Polish", "ps": "Pashto",
-    "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "si": "Sinhala", "sk": "Slovak", "sl": "Slovenian",
-    "so": "Somali", "sq": "Albanian", "sr": "Serbian", "sv": "Swedish", "sw": "Swahili", "ta": "Tamil", "te": "Telugu",
-    "th": "Thai", "tl": "Tagalog", "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu", "uz": "Uzbek",
-    "vi": "Vietnamese", "yo": "Yoruba", "zh": "Chinese", "zu": "Zulu",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,35 +105,45 @@ class TaskReader:
         self.template = replace(TEMPLATES[config.template], **texts)
         self.types: list[str] | None = None
 
-    def read(self, spec: str | Sequence[str], key: str) -> list[TaskExample]:
-        """All rows of `spec` (path(s) or a hub id) in the wanted languages; `key` names the setting in messages.
+    def read(self, spec: Data, key: str) -> list[TaskExample]:
+        """All rows of `spec` in the wanted languages; `key` names the setting in messages.
 
         Raises:
             DataError: unreadable files, rows the template cannot use, no row in a wanted language.
             ConfigError: a text of the user's names a field that does not exist.
         """
+        return self._examples(read_sources(spec, key, self.tally), key, self.tally)
+
+    def block(self, source: Source, number: int, first_row: int, key: str, tally: Tally) -> list[TaskExample]:
+        """The examples of block `number` of a stream; only the first one must hold one of the wanted languages.
+
+        The label types are those of the first block.
+        """
+        return self._examples([source], key, tally, number)
+
+    def _examples(
+        self, sources: Sequence[Source], key: str, tally: Tally | None, block: int | None = None
+    ) -> list[TaskExample]:
         if self.config.template == "translation":
-            pairs = read_pairs(spec, "as_written", key, self.tally)
+            pairs = pairs_of(sources, "as_written", key, tally, block=block)
             examples = [_translation(self.template, pair) for pair in pairs]
         else:
-            sources = read_sources(spec, key, self.tally)
             tags = {tag for source in sources for tag in _checked_tags(source, self.template)}
             if self.types is None:
                 self.types = self._listed_types({tag[2:] for tag in tags if tag != "O"}, key)
             examples = [
-                _example(self.template, row, self.types, source.where(i))
+                _example(self.template, row, self.types, source.where(i), source.unmapped or row)
                 for source in sources
                 for i, row in enumerate(source.rows)
             ]
         if self.config.languages is None:
             return examples
         found = {example.language for example in examples}
-        for language in self.config.languages:
-            if language not in found:
-                raise DataError(
-                    f"task.languages: {quoted(language)} is not in {key}; there: {listed(sorted(found), 20)}"
-                )
-        return self._of_languages(self.config.languages, examples, key)
+        missing = [language for language in self.config.languages if language not in found]
+        if missing and (block is None or (block == 0 and len(missing) == len(self.config.languages))):
+            there = listed(sorted(found), 20)
+            raise DataError(f"task.languages: {quoted(missing[0])} is not in {key}; there: {there}")
+        return _of_languages(self.config.languages, examples, key, tally)
 
     def _listed_types(self, types: set[str], key: str) -> list[str]:
         texts = (self.template.system, self.template.prompt, self.template.response)
@@ -158,13 +154,16 @@ class TaskReader:
             )
         return sorted(types)
 
-    def _of_languages(self, wanted: Sequence[str], examples: list[TaskExample], key: str) -> list[TaskExample]:
-        if self.tally is not None:
-            self.tally.out_of(key, OTHER_LANGUAGES, len(examples))
-            for example in examples:
-                if example.language not in wanted:
-                    self.tally.add(key, OTHER_LANGUAGES, example.where)
-        return [example for example in examples if example.language in wanted]
+
+def _of_languages(
+    wanted: Sequence[str], examples: list[TaskExample], key: str, tally: Tally | None
+) -> list[TaskExample]:
+    if tally is not None:
+        tally.out_of(key, OTHER_LANGUAGES, len(examples))
+        for example in examples:
+            if example.language not in wanted:
+                tally.add(key, OTHER_LANGUAGES, example.where)
+    return [example for example in examples if example.language in wanted]
 
 
 def bio_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
@@ -255,15 +254,15 @@ def _checked_tags(source: Source, template: Template) -> Iterable[str]:
     """All tags of a file whose rows are in order; none where the template needs none."""
     if template.labels is not None:
         for i, row in enumerate(source.rows):
-            yield from _checked_row(template, template.labels, row, source.where(i))
+            yield from _checked_row(template, template.labels, row, source.where(i), source.unmapped or row)
 
 
-def _checked_row(template: Template, labels: str, row: Row, where: str) -> list[str]:
+def _checked_row(template: Template, labels: str, row: Row, where: str, there: Row) -> list[str]:
     missing = template.columns - row.keys()
     if missing:
         raise DataError(
-            f"{where}: no {', '.join(sorted(missing))}; found {listed(row) or 'no keys'}; this template needs "
-            f"{', '.join(sorted(template.columns))} (see task.template)"
+            f"{where}: no {', '.join(sorted(missing))}; found keys {listed_columns(there)}; this template needs "
+            f"{', '.join(sorted(template.columns))} (see task.template){proposal_for_task(there, template.columns)}"
         )
     tokens, tags = row["tokens"], row[labels]
     for name, value in (("tokens", tokens), (labels, tags)):
@@ -281,7 +280,8 @@ def _checked_row(template: Template, labels: str, row: Row, where: str) -> list[
     return tags
 
 
-def _example(template: Template, row: Row, types: Sequence[str], where: str) -> TaskExample:
+def _example(template: Template, row: Row, types: Sequence[str], where: str, there: Row) -> TaskExample:
+    """The example of a row; `there`: its columns as the file has them, for messages."""
     language = next((row[name] for name in ("lang", "language") if row.get(name) is not None), "und")
     if not is_language(language):
         raise DataError(f"{where}: the language must be text such as de, not {quoted(language)}")
@@ -289,13 +289,13 @@ def _example(template: Template, row: Row, types: Sequence[str], where: str) -> 
         return _render(template, {**row, **template.fields({**row, "lang": language}, types)}, language, where)
     if template.prompt:
         return _render(template, row, language, where)
-    messages, raw = _conversation(row, where)
+    messages, raw = _conversation(row, where, there)
     if template.system and not raw and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": template.system}, *messages]
     return TaskExample(messages, language, raw, where)
 
 
-def _conversation(row: Row, where: str) -> tuple[list[Message], bool]:
+def _conversation(row: Row, where: str, there: Row) -> tuple[list[Message], bool]:
     """Messages of rows that are conversations already, and whether their texts hold the markup already.
 
     `messages` wins over prompt and response, those over prefix and text.
@@ -315,8 +315,8 @@ def _conversation(row: Row, where: str) -> tuple[list[Message], bool]:
             ]
             return messages, question == "prefix"
     raise DataError(
-        f"{where}: found {listed(row) or 'no keys'}; known kinds: prompt + response, messages, prefix + text; "
-        "for tokens with slots or tags set task.template: slots or ner"
+        f"{where}: found keys {listed_columns(there)}; known kinds: prompt + response, messages, prefix + text; for "
+        f"tokens with slots or tags set task.template: slots or ner{proposal_for_task(there, ())}"
     )
 
 

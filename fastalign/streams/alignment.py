@@ -11,6 +11,7 @@ from torch import nn
 from fastalign.config import AlignmentConfig
 from fastalign.data.parallel import Pair
 from fastalign.data.sampling import Sampler
+from fastalign.data.streaming import StreamedRows
 from fastalign.data.tokenization import SentenceTokenizer
 from fastalign.model.early_exit import hidden_at
 from fastalign.model.encode import pooled_at
@@ -38,10 +39,10 @@ class AlignmentStream(Stream):
 
     def __init__(
         self,
-        train: Sequence[Pair],
+        train: Sequence[Pair] | StreamedRows,
         held_out: Sequence[Pair],
         tokenizer: SentenceTokenizer,
-        sampler: Sampler,
+        sampler: Sampler | StreamedRows,
         config: AlignmentConfig,
         layers: Sequence[int],
         *,

@@ -8,6 +8,7 @@ micro-batches, averaged over the ranks, is the loss of the step.
 from __future__ import annotations
 
 import abc
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from fastalign.data.sampling import Sampler
+from fastalign.data.streaming import StreamedRows
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Stream(abc.ABC):
     Attributes:
         name: of the stream, the prefix of its metrics.
         train, held_out: its rows.
-        sampler: the order of its training rows.
+        sampler: the order of its training rows. `StreamedRows` are rows and order in one.
         weight: factor of the loss in training; the logged loss is without it.
         blocks: of the model that run, from below; None: all, and the head.
         memory_keys: what to change in the configuration where memory runs out, with the present values.
@@ -57,9 +59,9 @@ class Stream(abc.ABC):
     """
 
     name: str
-    train: Sequence[Any]
+    train: Sequence[Any] | StreamedRows
     held_out: Sequence[Any]
-    sampler: Sampler
+    sampler: Sampler | StreamedRows
     rows_per_step: int
     micro_batch_size: int
     weight: float = 1.0
@@ -67,7 +69,9 @@ class Stream(abc.ABC):
     memory_keys: Sequence[str] = ()
 
     def steps_per_epoch(self, world_size: int) -> float:
-        """Optimizer steps that read as many rows as there are."""
+        """Optimizer steps that read as many rows as there are; infinite where that is not known."""
+        if isinstance(self.sampler, StreamedRows):
+            return math.inf
         return len(self.sampler) / (self.rows_per_step * world_size)
 
     def micro_batches(self, index: int, rank: int, world_size: int) -> list[MicroBatch]:
@@ -94,6 +98,8 @@ class Stream(abc.ABC):
 
     def where(self, row: int) -> str:
         """File and line of the training row with this number, for messages."""
+        if isinstance(self.train, StreamedRows):
+            return self.train.where(row)
         return self.train[row].where
 
     def begin_step(self, model: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastalign.data.sampling import Sampler
+from fastalign.data.streaming import StreamedRows
 from fastalign.data.templates import TaskExample
 from fastalign.data.tokenization import IGNORE_INDEX, PromptTokenizer, pad
 from fastalign.streams.base import MicroBatch, Stream, my_share, rank_and_world_size, sum_over_ranks
@@ -30,10 +31,10 @@ class TaskStream(Stream):
 
     def __init__(
         self,
-        train: Sequence[TaskExample],
+        train: Sequence[TaskExample] | StreamedRows,
         held_out: Sequence[TaskExample],
         tokenizer: PromptTokenizer,
-        sampler: Sampler,
+        sampler: Sampler | StreamedRows,
         *,
         micro_batch_size: int,
         accumulation: int,

@@ -30,6 +30,7 @@ DOOMED = ".deleting-"  # begins the name of what is being deleted
 REPLACED = ".replaced-"  # and of what is there until its replacement is
 NAME = re.compile(r"checkpoint-(\d+)")
 STATE, WEIGHTS, RECORD = "trainer_state.json", "adapter_model.safetensors", "run.json"
+PLACES = "streamed.json"  # how far each stream has been read
 # Full, or not to be written to any more; the last two are not on Windows.
 DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 DISK_ERRORS |= {getattr(errno, name) for name in ("EDQUOT", "ESTALE") if hasattr(errno, name)}

@@ -85,11 +85,11 @@ class StreamMeter(TrainerCallback, ExportableState):
             totals = self.totals.setdefault(stream, dict.fromkeys(COUNTERS, 0.0))
             for name, value in zip(COUNTERS, (tokens, items, seconds), strict=True):
                 totals[name] += value
-            fresh = self.unlogged.setdefault(stream, {"losses": [], "grad_norms": [], "tokens": 0.0, "seconds": 0.0})
+            fresh = self.unlogged.setdefault(stream, {"losses": [], "grad_norms": [], **dict.fromkeys(COUNTERS, 0.0)})
             fresh["losses"] += losses
             fresh["grad_norms"] += norms
-            fresh["tokens"] += tokens
-            fresh["seconds"] += seconds
+            for name, value in zip(COUNTERS, (tokens, items, seconds), strict=True):
+                fresh[name] = fresh.get(name, 0.0) + value
             steps.clear()
         return min(bad, key=lambda found: (found.step, found.what != "loss"), default=None)
 
@@ -101,6 +101,8 @@ class StreamMeter(TrainerCallback, ExportableState):
             if fresh["grad_norms"]:
                 logs[f"{stream}_grad_norm"] = sum(fresh["grad_norms"]) / len(fresh["grad_norms"])
             logs[f"{stream}_tokens"] = int(fresh["tokens"])
+            if stream == "alignment":
+                logs["alignment_pairs"] = int(fresh["items"])
             logs[f"{stream}_seconds"] = fresh["seconds"]
         self.unlogged = {}
         return logs

@@ -48,15 +48,21 @@ def run_record(config: Config, files: Mapping[str, list[dict[str, Any]]], world_
 
     Args:
         config: with the effective ``training`` section.
-        files: per setting what was read, ``{"name", "sha256", "rows"}``, as `Tally.as_dict` gives them.
+        files: per setting what was read, ``{"name", "sha256", "rows", "columns"}``, as `Tally.as_dict` gives them.
         world_size: number of ranks.
     """
-    data = {key: [file["sha256"] or file["name"] for file in files.get(key, [])] for key in DATA}
+    data = {key: [_content(file) for file in files.get(key, [])] for key in DATA}
     record = {"config": config_to_dict(config), "data": data, "ranks": world_size}
     deepspeed = config.training.get("deepspeed")
     if isinstance(deepspeed, str) and Path(deepspeed).is_file():
         record["config"]["training"]["deepspeed"] = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
     return json.loads(json.dumps(record, default=str))  # as it is read back
+
+
+def _content(file: Mapping[str, Any]) -> str:
+    """What decides the rows of a file: its bytes, and which columns are taken as what."""
+    digest = file["sha256"] or file["name"]
+    return f"{digest} columns {json.dumps(file['columns'])}" if "columns" in file else digest
 
 
 def require_same_run(checkpoint: Path, record: Mapping[str, Any]) -> list[str]:

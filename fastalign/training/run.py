@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,13 @@ from transformers import TrainerCallback, set_seed
 
 from fastalign.config import Config, config_text
 from fastalign.config.hub import offline_run
-from fastalign.data.parallel import Pair
 from fastalign.data.text import listed
-from fastalign.data.tokenization import SentenceTokenizer
 from fastalign.errors import ConfigError, FastalignError, RunError
+from fastalign.model.device import device_name, kernels
 from fastalign.model.early_exit import hidden_at
-from fastalign.model.encode import resolve_layer
-from fastalign.model.loading import add_adapter, load_model, load_model_config, load_tokenizer
+from fastalign.model.loading import add_adapter, load_model
 from fastalign.probing.retrieval import choose_pairs, retrieval
-from fastalign.streams.base import gather_over_ranks, is_first_rank, say
-from fastalign.training.arguments import effective_training, training_arguments
+from fastalign.streams.base import is_first_rank, say
 from fastalign.training.checkpoint import (
     checkpoint_to_resume,
     checkpoints,
@@ -34,14 +30,14 @@ from fastalign.training.checkpoint import (
     step_of,
     write_text,
 )
-from fastalign.training.inputs import Inputs, build_streams, read_inputs, sentence_tokenizer
+from fastalign.training.inputs import Inputs
 from fastalign.training.interrupt import SaveOnInterrupt
 from fastalign.training.memory import free_bytes, gigabytes, is_out_of_memory, told_out_of_memory
 from fastalign.training.output import clear, is_unfinished, locked, require_free_folder
-from fastalign.training.plan import plan, plan_lines, total_steps
-from fastalign.training.record import device_name, kernels, versions
+from fastalign.training.plan import plan, plan_lines
+from fastalign.training.prepare import Prepared, prepare, require_data
+from fastalign.training.record import versions
 from fastalign.training.resume import require_same_run, run_record
-from fastalign.training.schedule import Schedule
 from fastalign.training.trainer import AlignTrainer
 
 Probe = Callable[[Any], dict[str, Any]]
@@ -66,23 +62,11 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
         RunError: memory or disk ran out, or a loss is no longer finite.
     """
     started = time.perf_counter()
-    schedule = Schedule(config.schedule.mode, config.schedule.ratio)
-    _require_data(config, schedule)
+    require_data(config)
     with locked(config.output_dir) as lock:
         checkpoint, resumes = _begin(config, overwrite) if is_first_rank() else (None, False)
-        text_config = load_model_config(config.model).get_text_config()
-        layers = _layers(config, text_config.num_hidden_layers)
-        tokenizer = load_tokenizer(config.model)
-        inputs = read_inputs(config)
-        config = replace(config, training=effective_training(config, inputs.can_evaluate))
-        args = training_arguments(config.training)
-        found = gather_over_ranks([str(checkpoint or "")])[0]
-        checkpoint = Path(found) if found else None
-        if config.alignment.negatives == "world" and args.world_size > 1:
-            raise ConfigError("alignment.negatives: world is not supported on several ranks yet; use rank")
-        sentences = sentence_tokenizer(config, inputs, tokenizer, text_config)
-        streams = build_streams(config, inputs, tokenizer, sentences, text_config, layers, args)
-        steps = total_steps(schedule, streams, args)
+        run = prepare(config, checkpoint)
+        config, args, inputs, steps, checkpoint = run.config, run.args, run.inputs, run.steps, run.checkpoint
         record = run_record(config, inputs.tally.as_dict()["files"], args.world_size)
         changes = require_same_run(checkpoint, record) if checkpoint else []
         if checkpoint and step_of(checkpoint) >= steps:
@@ -92,21 +76,22 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
 
         set_seed(args.seed)
         model = _load(config, args.device)
-        probe = _probe(sentences, inputs.pairs[1], layers[-1], config.alignment.eval_pairs) if inputs.pairs else None
+        probe = _probe(run, config.alignment.eval_pairs) if inputs.pairs else None
         interrupt = SaveOnInterrupt()
         trainer = _trainer(
             model,
             args,
-            streams=streams,
-            schedule=schedule,
+            streams=run.streams,
+            schedule=run.schedule,
             retrieval=probe,
             record=record,
-            processing_class=tokenizer,
+            processing_class=run.tokenizer,
             callbacks=[interrupt, *callbacks],
         )
-        _try_early_exit(model, layers)
-        planned = plan(schedule, streams, steps, args.world_size)
-        say(*_unused_gpus(args), *changes, *inputs.tally.lines(), *plan_lines(planned, streams))
+        _try_early_exit(model, run.layers)
+        planned = plan(run.schedule, run.streams, steps, args.world_size)
+        counted = inputs.tally.lines()
+        say(*_unused_gpus(args), *changes, *counted, *plan_lines(planned, run.streams))
         with disk_errors(config.output_dir):
             config.output_dir.mkdir(parents=True, exist_ok=True)
             if is_first_rank():
@@ -120,6 +105,7 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             finally:
                 interrupt.release()
+            say(*(line for line in inputs.tally.lines() if line not in counted))  # of rows that were streamed
             trainer.require_finite_adapter()
             save_final(trainer.save_model, config.output_dir)
             summary: dict[str, Any] = {
@@ -128,7 +114,7 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
                 "steps": trainer.state.global_step,
                 "seconds": time.perf_counter() - started,
                 **_peak_memory(args.device),
-                "layer": layers[0] if len(layers) == 1 else layers,
+                "layer": run.layer,
                 "streams": trainer.meter.summary(),
                 **_measured(trainer, probe),
                 **_record(config, trainer, inputs, planned),
@@ -240,28 +226,14 @@ def _record(config: Config, trainer: AlignTrainer, inputs: Inputs, planned: dict
     }
 
 
-def _require_data(config: Config, schedule: Schedule) -> None:
-    for name in schedule.streams:
-        if not getattr(config, name).data:
-            other = {"task": "align_only", "alignment": "task_only"}[name]
-            raise ConfigError(f"{name}.data is missing; give it, or set schedule.mode: {other}")
-
-
-def _layers(config: Config, depth: int) -> list[int]:
-    specs = config.alignment.layer if isinstance(config.alignment.layer, list) else [config.alignment.layer]
-    layers = [resolve_layer(spec, depth) for spec in specs]
-    if len(set(layers)) < len(layers):
-        raise ConfigError(f"alignment.layer: {specs} names a layer twice ({layers})")
-    return layers
-
-
-def _probe(tokenizer: SentenceTokenizer, pairs: list[Pair], layer: int, limit: int) -> Probe | None:
-    """Retrieval at a layer on held-out pairs; None, said once, where there are too few of them."""
+def _probe(run: Prepared, limit: int) -> Probe | None:
+    """Retrieval at the last layer on held-out pairs; None, said once, where there are too few of them."""
+    pairs = run.inputs.pairs[1] if run.inputs.pairs else []
     chosen = choose_pairs(pairs, limit)
     left_out = sorted({pair.direction for pair in pairs} - {pair.direction for pair in chosen})
     if left_out:
         say(f"retrieval is not measured for {listed(left_out)}: fewer than two held-out pairs")
-    return (lambda model: retrieval(model, tokenizer, chosen, layer)) if chosen else None
+    return (lambda model: retrieval(model, run.sentences, chosen, run.layers[-1])) if chosen else None
 
 
 class _MeasureBefore(TrainerCallback):

@@ -22,16 +22,18 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from fastalign.config import nearest
+from fastalign.data.streaming import StreamedRows
 from fastalign.errors import ConfigError
 from fastalign.streams.base import MicroBatch, Stream, gather_over_ranks, rank_and_world_size
-from fastalign.training.checkpoint import RECORD, STATE, rotate, staged, write_text
+from fastalign.training.checkpoint import PLACES, RECORD, STATE, rotate, staged, write_text
 from fastalign.training.failures import Moment, out_of_memory, stop_not_finite, stop_ruined_adapter
 from fastalign.training.memory import told_out_of_memory
 from fastalign.training.meter import StreamMeter
 from fastalign.training.plan import total_steps
+from fastalign.training.progress import Progress
 from fastalign.training.resume import TakeUp
 from fastalign.training.schedule import Schedule
 from fastalign.training.zero import refuse_zero3, zero_term
@@ -110,13 +112,16 @@ class AlignTrainer(Trainer):
         self._staging: Path | None = None  # where a checkpoint is being written
         self._moment: Moment | None = None  # the forward and backward that is going on
         self._kept: list[torch.Tensor | None] = []  # the first stream's gradient in a step of two
-        epoch = self.streams[schedule.streams[0]].steps_per_epoch(args.world_size)
-        self._steps_per_epoch = max(1, schedule.steps(math.ceil(epoch)))
         args.max_steps = total_steps(schedule, self.streams, args)
+        epoch = self.streams[schedule.streams[0]].steps_per_epoch(args.world_size)
+        endless = math.isinf(epoch)  # the run is its one epoch
+        self._steps_per_epoch = args.max_steps if endless else max(1, schedule.steps(math.ceil(epoch)))
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs need a launcher: threads cannot share a model that exits early
         args.ddp_find_unused_parameters = False  # zero_term uses all of them; DDP would count them twice
-        kwargs["callbacks"] = [TakeUp(), self.meter, *(kwargs.get("callbacks") or [])]
+        kwargs["callbacks"] = [TakeUp(), self.meter, Progress(), *(kwargs.get("callbacks") or [])]
         super().__init__(model=model, args=args, eval_dataset=[0], **kwargs)  # type: ignore[arg-type]
+        for told_twice in (ProgressCallback, PrinterCallback):
+            self.remove_callback(told_twice)
 
     def get_train_dataloader(self) -> DataLoader:
         """The clock: one tick a forward of the task, for one epoch; the same on all ranks."""
@@ -226,6 +231,8 @@ class AlignTrainer(Trainer):
                 self.state.best_model_checkpoint = str(best)
             if self.args.should_save:
                 self.state.save_to_json(str(staging / name / STATE))
+                if places := self._places():
+                    write_text(staging / name / PLACES, json.dumps(places) + "\n")
                 if self.record is not None:
                     write_text(staging / name / RECORD, json.dumps(self.record, indent=2) + "\n")
         rotate(self._folder, self.args.save_total_limit, name, self.state.best_model_checkpoint)
@@ -271,6 +278,13 @@ class AlignTrainer(Trainer):
             step = self.state.global_step
             streams = " and ".join(name for name, _ in self.schedule.at(step - 1))
             raise stop_ruined_adapter(streams, step, self._folder)
+
+    def _places(self) -> dict[str, Any]:
+        """Of the streamed rows, from where to read on after the steps so far."""
+        counts = self.schedule.counts(self.state.global_step)
+        positions = {name: n * self.args.world_size * self.streams[name].rows_per_step for name, n in counts.items()}
+        rows = {name: self.streams[name].train for name in counts}
+        return {name: part.place(positions[name]) for name, part in rows.items() if isinstance(part, StreamedRows)}
 
     @property
     def _folder(self) -> Path:

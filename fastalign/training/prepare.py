@@ -1,0 +1,87 @@
+"""A run up to its model: configuration, data, tokenizer and streams, read and checked before any weights are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastalign.config import Config
+from fastalign.data.tokenization import SentenceTokenizer
+from fastalign.errors import ConfigError
+from fastalign.model.encode import resolve_layer
+from fastalign.model.loading import load_model_config, load_tokenizer
+from fastalign.streams.base import Stream, gather_over_ranks
+from fastalign.training.arguments import effective_training, training_arguments
+from fastalign.training.inputs import Inputs, build_streams, read_inputs, sentence_tokenizer
+from fastalign.training.plan import total_steps
+from fastalign.training.schedule import Schedule
+
+
+@dataclass
+class Prepared:
+    """All of a run but its model.
+
+    Attributes:
+        config: with the effective ``training`` section.
+        layers: resolved indices to align. steps: of the optimizer, of all streams.
+        checkpoint: that the run goes on from, on all ranks.
+    """
+
+    config: Config
+    args: Any
+    schedule: Schedule
+    hf_config: Any
+    tokenizer: Any
+    layers: list[int]
+    inputs: Inputs
+    sentences: SentenceTokenizer
+    streams: dict[str, Stream]
+    steps: int
+    checkpoint: Path | None
+
+    @property
+    def layer(self) -> int | list[int]:
+        """The aligned layer, or all of several."""
+        return self.layers[0] if len(self.layers) == 1 else self.layers
+
+
+def prepare(config: Config, checkpoint: Path | None = None) -> Prepared:
+    """Read and check everything that needs no weights. Raises ConfigError, DataError, ModelError.
+
+    Args:
+        checkpoint: that the run goes on from; the first rank's counts.
+    """
+    hf_config = load_model_config(config.model)
+    text_config = hf_config.get_text_config()
+    layers = _layers(config, text_config.num_hidden_layers)
+    tokenizer = load_tokenizer(config.model)
+    inputs = read_inputs(config)
+    config = replace(config, training=effective_training(config, inputs.can_evaluate))
+    args = training_arguments(config.training)
+    if config.alignment.negatives == "world" and args.world_size > 1:
+        raise ConfigError("alignment.negatives: world is not supported on several ranks yet; use rank")
+    found = gather_over_ranks([str(checkpoint or "")])[0]
+    checkpoint = Path(found) if found else None
+    inputs.begin(config, args, checkpoint)
+    sentences = sentence_tokenizer(config, inputs, tokenizer, text_config)
+    streams = build_streams(config, inputs, tokenizer, sentences, text_config, layers, args)
+    schedule = Schedule(config.schedule.mode, config.schedule.ratio)
+    steps = total_steps(schedule, streams, args)
+    return Prepared(config, args, schedule, hf_config, tokenizer, layers, inputs, sentences, streams, steps, checkpoint)
+
+
+def require_data(config: Config) -> None:
+    """ConfigError where a stream of the schedule has no data."""
+    for name in Schedule(config.schedule.mode, config.schedule.ratio).streams:
+        if not getattr(config, name).data:
+            other = {"task": "align_only", "alignment": "task_only"}[name]
+            raise ConfigError(f"{name}.data is missing; give it, or set schedule.mode: {other}")
+
+
+def _layers(config: Config, depth: int) -> list[int]:
+    specs = config.alignment.layer if isinstance(config.alignment.layer, list) else [config.alignment.layer]
+    layers = [resolve_layer(spec, depth) for spec in specs]
+    if len(set(layers)) < len(layers):
+        raise ConfigError(f"alignment.layer: {specs} names a layer twice ({layers})")
+    return layers

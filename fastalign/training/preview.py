@@ -1,0 +1,199 @@
+"""What `fastalign train CONFIG.yaml --dry-run` shows: the run as it would be, from real batches, without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import groupby, islice
+from typing import Any
+
+import torch
+
+from fastalign.config import Config
+from fastalign.config.hub import offline_run
+from fastalign.data.text import shown
+from fastalign.data.tokenization import IGNORE_INDEX
+from fastalign.errors import ConfigError
+from fastalign.streams.base import MicroBatch, Stream
+from fastalign.training.forecast import Shape, forecast
+from fastalign.training.memory import free_bytes, gigabytes
+from fastalign.training.output import require_free_folder
+from fastalign.training.plan import plan, plan_lines
+from fastalign.training.prepare import prepare, require_data
+
+EXAMPLES = 3  # of each stream
+MEASURED = 1_000  # rows of each stream whose tokens are counted
+STEPS = 50  # whose batches are made for that, at most
+QUANTILES = (0.5, 0.9, 0.99, 1.0)
+LONGEST = 600  # characters of an example
+
+
+@offline_run
+def dry_run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
+    """What `train` would do, without its weights: reads configuration, data and tokenizer, and writes nothing.
+
+    Args:
+        config, overwrite: as for `train`.
+
+    Returns:
+        ``{"output_dir", "model", "layer", "layers", "steps", "schedule", "plan", "data"}``, what `preview` finds, and
+        `lines`, which tell all of it; `refused` says why `train` would not begin.
+
+    Raises:
+        ConfigError, DataError, ModelError: as `train`, for what cannot even be shown.
+    """
+    require_data(config)
+    refused = []
+    try:
+        if not config.training.get("resume_from_checkpoint"):
+            require_free_folder(config.output_dir, overwrite, base=config.model.name_or_path)
+    except ConfigError as error:
+        refused.append(f"but `train` would stop here: {error}")
+    run = prepare(config)
+    planned = plan(run.schedule, run.streams, run.steps, run.args.world_size)
+    found = preview(run.config, run.hf_config, run.tokenizer, run.streams, planned, run.args)
+    blocks = run.hf_config.get_text_config().num_hidden_layers
+    aligned = "" if run.schedule.mode == "task_only" else f"; aligned at layer {run.layer} of {blocks}"
+    return {
+        "output_dir": str(config.output_dir),
+        "model": config.model.name_or_path,
+        "layer": run.layer,
+        "layers": blocks,
+        "steps": run.steps,
+        "schedule": run.schedule.mode,
+        "plan": planned,
+        "data": run.inputs.tally.as_dict(),
+        **found,
+        "refused": refused,
+        "lines": [
+            f"{config.model.name_or_path}: {run.hf_config.model_type} of {blocks} layers{aligned}",
+            f"{run.steps:,} steps, {run.schedule.mode}",
+            *plan_lines(planned, run.streams),
+            *run.inputs.tally.lines(),
+            *preview_lines(found),
+            *refused,
+        ],
+    }
+
+
+def preview(
+    config: Config, hf_config: Any, tokenizer: Any, streams: Mapping[str, Stream], planned: Mapping[str, Any], args: Any
+) -> dict[str, Any]:
+    """Token counts, examples, and what the run will need.
+
+    Args:
+        config: with the effective ``training`` section.
+        hf_config: of the model, from transformers. tokenizer: of the model.
+        streams: by name. planned: those that are trained on, as `plan` describes them.
+        args: `transformers.TrainingArguments`.
+
+    Returns:
+        ``{"streams": {name: {"rows_measured", "tokens": {quantile: count}, "marked_share", "examples": [{"where",
+        "language", "parts": [[text, whether it is trained on or pooled]]}]}}, "trainable", "seconds", "memory",
+        "free_bytes"}``; seconds and memory as `forecast` says.
+    """
+    looks, shapes = {}, {}
+    for name in planned:
+        stream = streams[name]
+        batches = list(_first_batches(stream, args.world_size))
+        looks[name] = _look(stream, batches, tokenizer)
+        sides = 2 if name == "alignment" else 1
+        widths = [batch.inputs["input_ids"].shape[1] for batch in batches]
+        shapes[name] = Shape(
+            rows_per_step=sides * stream.rows_per_step,
+            rows_per_forward=sides * min(stream.micro_batch_size, stream.rows_per_step),
+            width=max(widths),
+            usual_width=sum(widths) / len(widths),
+            blocks=stream.blocks,
+        )
+    steps = {name: row["steps"] for name, row in planned.items()}
+    needs = forecast(config, hf_config, shapes, steps, args.device)
+    return {
+        "streams": looks,
+        "trainable": needs["trainable"],
+        "seconds": needs["seconds"],
+        "memory": needs["memory"],
+        "free_bytes": free_bytes(args.device),
+    }
+
+
+def preview_lines(found: Mapping[str, Any]) -> list[str]:
+    """`preview` in words."""
+    names = ["50%", "90%", "99%", "longest"]
+    lines = ["", f"{'tokens of a row':<18}" + "".join(f"{name:>9}" for name in names) + "   trained on or pooled"]
+    for name, look in found["streams"].items():
+        counts = "".join(f"{count:>9,}" for count in look["tokens"].values())
+        lines.append(f"{name:<18}{counts}   {100 * look['marked_share']:.0f}% (of {look['rows_measured']:,} rows)")
+    for name, look in found["streams"].items():
+        what = "⟦what is learnt⟧" if name == "task" else "⟦what is pooled⟧"
+        lines += ["", f"{name}, as the model sees it: {what}"]
+        for example in look["examples"]:
+            text = "".join(f"⟦{part}⟧" if marked else part for part, marked in example["parts"])
+            lines.append(f"  {example['where']} ({example['language']})")
+            lines.append(f"    {shown(text, LONGEST)}")
+    memory = found["memory"]
+    parts = {name: count for name, count in memory.items() if name not in ("peak", "activations")}
+    parts |= {f"activations of a {name} forward": count for name, count in memory["activations"].items()}
+    lines += [
+        "",
+        f"trainable   {found['trainable']:,} numbers in the adapter",
+        f"memory      about {gigabytes(memory['peak'])} "
+        f"({', '.join(f'{name} {gigabytes(count)}' for name, count in parts.items())}); "
+        f"free now {gigabytes(found['free_bytes'])}",
+        f"time        about {_duration(found['seconds'])} for the steps; a rough number, without evaluation",
+    ]
+    if memory["peak"] > found["free_bytes"]:
+        lines.append(
+            "this will not fit: lower alignment.micro_batch_size and training.per_device_train_batch_size, set "
+            "training.gradient_checkpointing: true or model.quantization: nf4"
+        )
+    return lines
+
+
+def _first_batches(stream: Stream, world_size: int) -> Iterator[MicroBatch]:
+    rows = 0
+    for index in range(STEPS):
+        for batch in stream.micro_batches(index, 0, world_size):
+            yield batch
+            rows += len(batch.rows)
+            if rows >= MEASURED:
+                return
+
+
+def _look(stream: Stream, batches: list[MicroBatch], tokenizer: Any) -> dict[str, Any]:
+    lengths = torch.cat([batch.inputs["attention_mask"].sum(dim=1) for batch in batches])
+    marked = sum(int(_marks(batch).sum()) for batch in batches)
+    levels = torch.tensor(QUANTILES, dtype=torch.float64)
+    counts = torch.quantile(lengths.double(), levels, interpolation="higher").int().tolist()
+    return {
+        "rows_measured": sum(len(batch.rows) for batch in batches),
+        "tokens": {str(level): count for level, count in zip(QUANTILES, counts, strict=True)},
+        "marked_share": marked / int(lengths.sum()),
+        "examples": list(islice(_examples(stream, batches, tokenizer), EXAMPLES)),
+    }
+
+
+def _marks(batch: MicroBatch) -> torch.Tensor:
+    """Whether a token is learnt, or pooled; (N, T)."""
+    labels = batch.inputs.get("labels")
+    return batch.inputs["pool_mask"].bool() if labels is None else labels != IGNORE_INDEX
+
+
+def _examples(stream: Stream, batches: list[MicroBatch], tokenizer: Any) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        marks = _marks(batch)
+        count = len(batch.rows)
+        for i, row in enumerate(batch.rows):
+            parts: list[tuple[str, bool]] = []
+            for side in range(i, len(marks), count):  # the translation stands in the second half
+                parts += [("  =  ", False)] if parts else []
+                real = int(batch.inputs["attention_mask"][side].sum())
+                ids, learnt = batch.inputs["input_ids"][side, :real].tolist(), marks[side, :real].tolist()
+                for marked, run in groupby(zip(ids, learnt, strict=True), key=lambda pair: pair[1]):
+                    parts.append((tokenizer.decode([token for token, _ in run]), marked))
+            yield {"where": stream.where(row), "language": stream.language(stream.train[row]), "parts": parts}
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
