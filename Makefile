@@ -36,7 +36,7 @@ demo: $(RUN) ## install, then train, evaluate and compare on the built-in corpus
 	$(BIN)/python -m fastalign demo $(DEMO_ARGS)
 
 test: lint $(DEV) ## install, then lint, types and the fast tests
-	$(BIN)/python -m pytest tests --durations=10 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --durations=10 $(PYTEST_ARGS)
 
 test-slow: $(DEV) ## the tests marked slow: kills, fuzzing, many launches
 	@$(BIN)/python -m pytest tests -m "slow and not gpu" --timeout=1200 --durations=10 $(PYTEST_ARGS) || { \

@@ -1,0 +1,125 @@
+"""Which settings keep a run within a memory: as little as possible is given up for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastalign.config import config_from_dict
+from fastalign.errors import ConfigError
+from fastalign.training.forecast import Shape, Size, memory, size_of
+from fastalign.training.memory import gigabytes
+
+SHARE = 0.85  # of the memory that the prediction may fill
+STEP = 16  # rows of the task in an optimizer step
+ENOUGH = (4, 16)  # rows and pairs of a forward: to get more, nothing is given up
+UNITS = {"m": 10**6, "mb": 10**6, "mib": 2**20, "g": 10**9, "gb": 10**9, "gib": 2**30, "tb": 10**12, "tib": 2**40}
+# (quantization, gradient checkpointing), in the order of what they cost.
+RUNGS = (("none", False), ("none", True), ("nf4", False), ("nf4", True))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Settings: `rows` of the task and `pairs` of a forward. `peak`: predicted bytes, None if nothing is known."""
+
+    quantization: str
+    checkpointing: bool
+    rows: int
+    pairs: int
+    peak: int | None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What there is to run.
+
+    Attributes:
+        name: of the model. hf_config: from transformers. dtype: number format of the base.
+        widths: stream to the tokens of its widest rows.
+        blocks: that an alignment batch runs. batch: pairs of an optimizer step.
+    """
+
+    name: str
+    hf_config: Any
+    dtype: torch.dtype
+    widths: dict[str, int]
+    blocks: int
+    batch: int
+
+
+def parse_memory(text: str, key: str) -> int:
+    """Bytes of ``8GB``, ``24G``, ``12GiB`` or ``8000MB``. Raises ConfigError."""
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([a-z]+)\s*", text, re.IGNORECASE)
+    size = float(match[1]) * UNITS.get(match[2].lower(), 0) if match else 0
+    if not 10**8 <= size <= 10**13:
+        raise ConfigError(f"{key} must be a size from 100MB to 10TB such as 8GB, 24G or 12GiB, not {text!r}")
+    return round(size)
+
+
+def unknown_model(on_gpu: bool) -> Fit:
+    """Careful settings for a model that nothing is known of."""
+    return Fit("nf4" if on_gpu else "none", on_gpu, 1, 8, None)
+
+
+def fit(needs: Needs, room: int, on_gpu: bool) -> Fit:
+    """The settings that cost least and keep the predicted peak below `SHARE` of the memory.
+
+    More memory never gives a smaller forward: one beyond `ENOUGH` is only taken where nothing was given up for it.
+
+    Args:
+        room: bytes of the memory. on_gpu: whether it is a GPU's.
+
+    Raises:
+        ConfigError: nothing helps; says what is needed, and what would fit.
+    """
+    limit = SHARE * room
+    sizes: dict[str, Size] = {}
+
+    def peak(quantization: str, checkpointing: bool, rows: int, pairs: int) -> int:
+        raw = {"model": {"quantization": quantization}, "training": {"gradient_checkpointing": checkpointing}}
+        config = config_from_dict(raw)
+        if quantization not in sizes:
+            sizes[quantization] = size_of(config, needs.hf_config, needs.dtype)
+        shapes = {
+            "task": Shape(STEP, rows, needs.widths.get("task", 0)),
+            "alignment": Shape(2 * needs.batch, 2 * pairs, needs.widths.get("alignment", 0), needs.blocks),
+        }
+        wanted = {name: shape for name, shape in shapes.items() if shape.width and shape.rows_per_forward}
+        return int(memory(config, sizes[quantization], wanted)["peak"])
+
+    enough = (ENOUGH[0], min(ENOUGH[1], needs.batch))
+    most = (STEP, needs.batch) if on_gpu else enough
+    rungs = [rung for rung in RUNGS if on_gpu or rung[0] == "none"]
+    for rung in rungs:
+        last = rung == rungs[-1]
+        if not last and peak(*rung, *enough) > limit:
+            continue
+        best = most if rung == rungs[0] else enough
+        rows = _largest(best[0], lambda n, rung=rung: peak(*rung, n, 0) <= limit)
+        pairs = _largest(best[1], lambda n, rung=rung: peak(*rung, 0, n) <= limit)
+        if rows and pairs:
+            return Fit(*rung, rows, pairs, peak(*rung, rows, pairs))
+    least = peak(*rungs[-1], 1, 1)
+    raise ConfigError(_too_large(needs, room, on_gpu, least, sizes[rungs[-1][0]]))
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int | None:
+    halves: Iterable[int] = (most >> i for i in range(most.bit_length()))
+    return next((count for count in halves if fits(count)), None)
+
+
+def _too_large(needs: Needs, room: int, on_gpu: bool, least: int, size: Size) -> str:
+    """What to say of a model that cannot fit."""
+    wanted = gigabytes(least / SHARE)
+    spared = "model.quantization: nf4, gradient checkpointing and" if on_gpu else "gradient checkpointing and"
+    lengths = " and ".join(f"{name}.max_length {width:,}" for name, width in needs.widths.items())
+    beside = least - size.base
+    words = f"{needs.name!r} does not fit into {gigabytes(room)}: even with {spared} one row a forward "
+    words += f"({lengths}) it needs about {gigabytes(least)}, so take {'a GPU' if on_gpu else 'a machine'} of {wanted}"
+    if SHARE * room > 1.5 * beside:
+        return f"{words}, or a model of at most {(SHARE * room - beside) / size.base:.0%} of its size"
+    return f"{words}, a smaller model, or shorter rows"
