@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import random
 import re
@@ -29,19 +30,7 @@ from fastalign.config import (
 )
 from fastalign.config.dialect import dump_yaml, load_yaml
 from fastalign.errors import ConfigError
-
-
-def load(tmp_path: Path, text: str, *overrides: str) -> Config:
-    path = tmp_path / "config.yaml"
-    path.write_text(text, encoding="utf-8")
-    return load_config(path, overrides)
-
-
-def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load(tmp_path, text, *overrides)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+from tests.configs import load, refusal
 
 
 def test_nothing_given_is_the_defaults():
@@ -290,6 +279,7 @@ def test_what_is_saved_is_read_back(tmp_path):
     assert config.output_dir == tmp_path / "out"
     assert config.model.name_or_path == "some/model"
     saved = yaml.safe_load((tmp_path / "saved.yaml").read_text(encoding="utf-8"))  # other YAML readers see the same
+    assert saved.pop("version") == importlib.metadata.version("fastalign")
     assert saved == config_to_dict(config)
     assert set(saved["alignment"]) == {row[0] for row in describe("alignment")}, "every key is spelled out"
     assert config_from_dict(config_to_dict(config)) == config
@@ -332,3 +322,17 @@ def test_the_configuration_is_light():
 def test_the_commented_example_teaches_every_key(tmp_path: Path) -> None:
     loaded = load(tmp_path, commented_yaml())
     assert replace(loaded, training={}) == Config() and loaded.training == TRAINING_DEFAULTS
+
+
+@pytest.mark.parametrize("version", ["99.0.0", "0.99.0", "0.1.99", "99.0.0.dev1"])
+def test_a_config_from_a_newer_version_says_so(version: str, tmp_path: Path):
+    said = refusal(tmp_path, f"version: {version}\ntask: {{a_key_to_come: 1}}")
+    assert re.search(rf"config.yaml was written by fastalign {re.escape(version)}, and this is \d", said)
+
+
+def test_a_config_of_this_version_or_an_older_one_is_read(tmp_path: Path):
+    save_config(Config(), tmp_path / "saved.yaml")
+    assert f"version: {importlib.metadata.version('fastalign')}" in (tmp_path / "saved.yaml").read_text()
+    assert load_config(tmp_path / "saved.yaml") == Config()
+    assert load(tmp_path, "version: 0.0.1\nadapter: {r: 4}").adapter.r == 4
+    assert "must be one of fastalign such as 0.1.0" in refusal(tmp_path, "version: new")

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fastalign.config import Data
 from fastalign.data import files
 from fastalign.data.files import Row, plain_suffix
 from fastalign.data.sources import read_sources
@@ -57,11 +58,11 @@ def write(tmp_path: Path) -> Callable[[str, bytes | str], str]:
     return write
 
 
-def rows_of(spec: str | list[str]) -> list[Row]:
+def rows_of(spec: Data) -> list[Row]:
     return [row for source in read_sources(spec, "task.data") for row in source.rows]
 
 
-def refusal(spec: str | list[str]) -> str:
+def refusal(spec: Data) -> str:
     with pytest.raises(DataError) as caught:
         read_sources(spec, "task.data")
     message = str(caught.value)

@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 
 import pytest
 
-from fastalign.config import Config, config_from_dict, load_config
+from fastalign.config import config_from_dict, load_config
 from fastalign.errors import ConfigError
-
-
-def load(tmp_path: Path, text: str, *overrides: str) -> Config:
-    path = tmp_path / "config.yaml"
-    path.write_text(text, encoding="utf-8")
-    return load_config(path, overrides)
-
-
-def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load(tmp_path, text, *overrides)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
+from tests.configs import load, refusal
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
 MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 12))
@@ -118,9 +104,9 @@ def test_all_pairs_of_two_hundred_languages_are_read_quickly(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(f"alignment: {{pairs: {json.dumps(pairs)}}}", encoding="utf-8")
     assert len(load_config(path).alignment.pairs) == 39_800
-    begun = time.monotonic()
+    begun = time.process_time()  # not what others do at the same time
     config_from_dict({"alignment": {"pairs": pairs}})
-    assert time.monotonic() - begun < 2
+    assert time.process_time() - begun < 2
 
 
 def test_a_long_message_keeps_what_is_wrong_and_how_to_mend_it():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fastalign.config import Data
 from fastalign.data.parallel import Pair, is_english, meaning_ids, read_pairs
 from fastalign.data.tally import Tally
 from fastalign.errors import DataError
@@ -30,11 +31,11 @@ def quads(pairs: list[Pair]) -> list[tuple[str, str, str, str]]:
     return [(pair.source_lang, pair.target_lang, pair.source, pair.target) for pair in pairs]
 
 
-def read(path: str | list[str], pairs: str | list[list[str]] = "to_english") -> list[tuple[str, str, str, str]]:
+def read(path: Data, pairs: str | list[list[str]] = "to_english") -> list[tuple[str, str, str, str]]:
     return quads(read_pairs(path, pairs, "alignment.data"))
 
 
-def refusal(path: str | list[str], pairs: str | list[list[str]] = "to_english") -> str:
+def refusal(path: Data, pairs: str | list[list[str]] = "to_english") -> str:
     with pytest.raises(DataError) as caught:
         read_pairs(path, pairs, "alignment.data")
     assert str(caught.value).isprintable() and len(str(caught.value)) < 600

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fastalign.config import config_from_dict
+from fastalign.config import Data, config_from_dict
 from fastalign.data.tally import Tally
 from fastalign.data.templates import TEMPLATES, TaskExample, TaskReader, bio_spans, join_tokens
 from fastalign.errors import ConfigError, DataError, FastalignError
@@ -44,7 +44,7 @@ def texts(example: TaskExample) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in example.messages]
 
 
-def read(path: str | list[str], **task: Any) -> list[list[tuple[str, str]]]:
+def read(path: Data, **task: Any) -> list[list[tuple[str, str]]]:
     return [texts(example) for example in reader(**task).read(path, "task.data")]
 
 

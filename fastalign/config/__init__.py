@@ -15,7 +15,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastalign.config.checks import make_section, nearest, refuse_secrets, streams, validate
+from fastalign.config.checks import (
+    installed_version,
+    make_section,
+    nearest,
+    refuse_newer,
+    refuse_secrets,
+    streams,
+    validate,
+)
 from fastalign.config.dialect import dump_yaml, load_yaml, plain, read_yaml
 from fastalign.config.keys import (
     FREE_SECTIONS,
@@ -69,10 +77,11 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Read a YAML file, apply ``section.key=value`` overrides (values are YAML) and validate.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown or there twice, a value has the wrong type
-            or range.
+        ConfigError: the file is missing or not YAML, was written by a newer fastalign, a key is unknown or there twice,
+            a value has the wrong type or range.
     """
     raw: dict[str, Any] = read_yaml(Path(path)) if path is not None else {}
+    refuse_newer(raw.pop("version", None), str(path))
     for override in overrides:
         _apply_override(raw, override)
     return config_from_dict(raw)
@@ -108,8 +117,9 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 
 def config_text(config: Config) -> str:
-    """The effective configuration as YAML, under a line that says where it comes from."""
-    return SAVED + dump_yaml(config_to_dict(config))
+    """The effective configuration as YAML, with the version that writes it, under a line that says what it is."""
+    version = installed_version()
+    return SAVED + dump_yaml({**({"version": version} if version else {}), **config_to_dict(config)})
 
 
 def save_config(config: Config, path: str | Path) -> None:

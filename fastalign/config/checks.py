@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
+import importlib.metadata
 import os
 import re
 import types
@@ -26,6 +27,29 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the closest of the known names, or an empty string."""
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def installed_version() -> str | None:
+    """Of fastalign; None where it runs without being installed."""
+    try:
+        return importlib.metadata.version("fastalign")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def refuse_newer(version: object, path: str) -> None:
+    """ConfigError where a configuration says that it was written by a newer fastalign than this one."""
+    if version is None:
+        return
+    theirs = re.fullmatch(r"(\d+)\.(\d+)\.(\d+).*", str(version))
+    if theirs is None:
+        raise ConfigError(f"{path}: version must be one of fastalign such as 0.1.0, not {version!r}; leave it out")
+    ours = re.match(r"(\d+)\.(\d+)\.(\d+)", installed_version() or "")
+    if ours and [*map(int, theirs.groups())] > [*map(int, ours.groups())]:
+        raise ConfigError(
+            f"{path} was written by fastalign {version}, and this is {installed_version()}: install the newer one, or "
+            "take the line with the version out and see which keys are unknown"
+        )
 
 
 def make_section(cls: type, name: str, raw: Mapping[str, Any]) -> Any:

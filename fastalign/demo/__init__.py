@@ -88,7 +88,8 @@ def demo(
 
 
 def _require_free(out: Path, folders: dict[int, Path], overwrite: bool) -> None:
-    for folder in {out, *folders.values(), *(folder / arm for folder in folders.values() for arm in ARMS)}:
+    inner = [folder / arm for folder in folders.values() for arm in ARMS]
+    for folder in dict.fromkeys([out, *folders.values(), *inner]):
         require_free_folder(folder, overwrite)
         found = [name for name in ("demo.json", "model", "data") if (folder / name).exists()]
         if found and not overwrite:

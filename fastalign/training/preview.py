@@ -132,7 +132,7 @@ def preview_lines(found: Mapping[str, Any]) -> list[str]:
             lines.append(f"    {shown(text, LONGEST)}")
     memory = found["memory"]
     parts = {name: count for name, count in memory.items() if name not in ("peak", "activations")}
-    parts |= {f"activations of a {name} forward": count for name, count in memory["activations"].items()}
+    parts |= {f"activations, {name}": count for name, count in memory["activations"].items()}
     lines += [
         "",
         f"trainable   {found['trainable']:,} numbers in the adapter",
