@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ def table(result: Mapping[str, Any]) -> str:
     width = max(12, *(len(head) + 2 for head in heads))
     lines = [
         "",
-        HOW,
+        *textwrap.wrap(HOW, 100),
         "",
         f"{'':<10}{'translation found, %':>{width * len(heads)}}{'intent right, %':>{width * len(arms)}}",
         f"{'language':<10}" + "".join(f"{head:>{width}}" for head in [*heads, *heads[1:]]),
@@ -44,10 +45,12 @@ def write_page(out: Path, result: Mapping[str, Any], curves: Sequence[Mapping[st
     bars = report.bars(
         languages,
         {TITLES[arm]: [_mean(scores[language]) for language in languages] for arm, scores in intents.items()},
-        points={TITLES[arm]: [scores[language] for language in languages] for arm, scores in intents.items()},
+        points={TITLES[arm]: [scores[language] for language in languages] for arm, scores in intents.items()}
+        if len(result["seeds"]) > 1
+        else None,
         y_label="intent right, %",
         title="Intents by language",
-        caption=f"Labels were English only. Bars: mean over the seeds {_named(result['seeds'])}; dots: each of them.",
+        caption=f"Labels were English only. {_seeds(result['seeds'])}",
     )
     parts = [
         report.Text(HOW),
@@ -63,7 +66,7 @@ def write_page(out: Path, result: Mapping[str, Any], curves: Sequence[Mapping[st
         ),
         report.Heading("Training"),
         *[_curve(curves, name) for name in ("task_loss", "alignment_loss")],
-        report.Facts({"seeds": _named(result["seeds"]), **result["versions"]}, "How it was made"),
+        report.Facts({"seeds": ", ".join(map(str, result["seeds"])), **result["versions"]}, "How it was made"),
     ]
     report.write(out / "report.html", "fastalign demo", parts, lead="Labels in English; what of the other languages?")
     if report.plots_available():
@@ -129,7 +132,7 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
     others = [language for language in result["languages"] if language != "en"]
     unhelped = [language for language in others if _mean(aligned[language]) <= _mean(plain[language])]
     remarks = [f"No better with alignment here: {', '.join(unhelped)}."] if unhelped else []
-    chance = "Six intents, so chance is about 17."
+    chance = "Six intents, so chance is about 17%."
     return [*remarks, chance]
 
 
@@ -146,5 +149,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _named(seeds: Sequence[int]) -> str:
-    return ", ".join(map(str, seeds))
+def _seeds(seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return f"One run, of seed {seeds[0]}."
+    return f"Bars: mean over the seeds {', '.join(map(str, seeds))}; dots: each of them."

@@ -45,6 +45,8 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         scores = {name: f"{name} {value:.4g}" for name, value in logs.items() if _is_score(name, value)}
+        if len(scores) > 1:
+            scores.pop("loss", None)  # that of the only stream, which is there by its name
         if any(name.startswith("eval_") for name in logs):
             self._tell(f"step {state.global_step:,}: {', '.join(scores.values())}")
             return
