@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"out of memory: {first_line(error)}", 1, True)
     if first_rank:
         print(json.dumps(result, indent=2) if arguments.json else arguments.table(result))
+    if result.get("refused"):  # by `train`, as a dry run has found
+        return 2
     return 1 if result.get("interrupted") or result.get("problems") else 0
 
 

@@ -336,3 +336,13 @@ def test_a_config_of_this_version_or_an_older_one_is_read(tmp_path: Path):
     assert load_config(tmp_path / "saved.yaml") == Config()
     assert load(tmp_path, "version: 0.0.1\nadapter: {r: 4}").adapter.r == 4
     assert "must be one of fastalign such as 0.1.0" in refusal(tmp_path, "version: new")
+
+
+def test_what_is_to_be_filled_in_is_found_in_lists_too(tmp_path: Path):
+    assert "task.data" in refusal(tmp_path, "task: {data: [FILL IN]}")
+
+
+def test_a_token_as_a_key_is_refused(tmp_path: Path):
+    token = "hf_" + "a" * 34
+    said = refusal(tmp_path, f"task: {{data: {{path: x.jsonl, columns: {{{token}: a}}}}}}")
+    assert "access token" in said and token not in said

@@ -91,7 +91,7 @@ def test_a_folder_that_is_not_free_is_said_and_left_alone(
     out = Path(raw_config["training"]["output_dir"])
     out.mkdir()
     (out / "summary.json").write_text("{}")
-    assert main(command(raw_config, tmp_path / "c")) == 0
+    assert main(command(raw_config, tmp_path / "c")) == 2
     assert "but `train` would stop here: " in capsys.readouterr().out
     assert main(command(raw_config, tmp_path / "c", "--overwrite")) == 0
     assert "would stop here" not in capsys.readouterr().out
@@ -103,3 +103,25 @@ def test_what_train_refuses_a_dry_run_refuses(raw_config: dict, tmp_path: Path, 
     raw["alignment"]["layer"] = 9
     assert main(command(raw, tmp_path / "c")) == 2
     assert "alignment.layer: 9 is outside 1..4" in capsys.readouterr().err
+
+
+def test_a_stream_that_is_read_several_times_over(raw_config: dict, data_dir: Path) -> None:
+    """It forgets its first rows while the later ones are measured."""
+    raw = copy.deepcopy(raw_config)
+    raw["task"] = {"data": {"path": str(data_dir / "task.jsonl"), "streaming": True}}
+    raw["training"]["max_steps"] = 400
+    look = dry_run(config_from_dict(raw))["streams"]["task"]
+    assert len(look["examples"]) == 3 and all(len(example["parts"]) == 2 for example in look["examples"])
+
+
+def test_rows_are_counted_once(raw_config: dict) -> None:
+    raw = copy.deepcopy(raw_config)
+    raw["training"]["max_steps"] = 400
+    found = dry_run(config_from_dict(raw))
+    assert found["streams"]["task"]["rows_measured"] <= found["plan"]["task"]["rows"]
+
+
+def test_a_checkpoint_that_is_not_there(raw_config: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = command(raw_config, tmp_path / "c", "training.resume_from_checkpoint=/no/checkpoint")
+    assert main(arguments) == 2
+    assert "would stop here: training.resume_from_checkpoint: '/no/checkpoint'" in capsys.readouterr().out

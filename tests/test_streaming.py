@@ -151,8 +151,9 @@ def test_a_saved_place_is_gone_to_and_nothing_before_it_is_read(
         del taken[:]
         again = begun(of_task(source), place=place)
         assert items(again, position, 100) == whole[position:], position
-        files = "two files" in request.node.name and place["row"] >= 20
-        assert taken[0].split()[-1] == str(place["row"] % 47 + 1 - 20 * files), "the first row that is read"
+        row = place["row"] % 47  # at the end of a pass, the first one of the next
+        files = "two files" in request.node.name and row >= 20
+        assert taken[0].split()[-1] == str(row + 1 - 20 * files), "the first row that is read"
         assert len(taken) <= 100 - place["start"] + BLOCK
 
 
@@ -466,3 +467,29 @@ def test_a_block_has_its_own_sampler(tmp_path: Path) -> None:
     rows = begun(of_task(jsonl(tmp_path / "a.jsonl", TASK)), seed=5)
     order = Sampler(["de" if i < 8 else "fr" for i in range(10)], 1.0, 5, "task 2").rows(0, 10)
     assert items(rows, 20, 30) == [f"is it {20 + row}?" for row in order]
+
+
+def test_a_checkpoint_needs_no_row_that_the_run_does_not(
+    raw_config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends where a block ends, and the row behind it is damaged."""
+    monkeypatch.setattr(streaming, "BLOCK", 8)
+    rows = [json.dumps({"prompt": f"set {i}", "response": "yes"}) for i in range(16)]
+    (tmp_path / "task.jsonl").write_text("\n".join([*rows, "{broken"]), encoding="utf-8")
+    raw = copy.deepcopy(raw_config)
+    raw["task"] = {"data": {"path": str(tmp_path / "task.jsonl"), "streaming": True}}
+    raw["schedule"] = {"mode": "task_only"}
+    raw["training"] |= {"save_strategy": "steps", "save_steps": 4}
+    assert train(config_from_dict(raw))["steps"] == 4
+    assert (tmp_path / "out" / "checkpoint-4").is_dir()
+    raw["training"] |= {"max_steps": 5, "resume_from_checkpoint": True}
+    with pytest.raises(DataError, match=r"task.jsonl, line 17"):
+        train(config_from_dict(raw))
+
+
+def test_a_length_of_the_wrong_type_is_told_as_such(raw_config: dict, data_dir: Path) -> None:
+    raw = copy.deepcopy(raw_config)
+    raw["task"] = {"data": {"path": str(data_dir / "task.jsonl"), "streaming": True}}
+    raw["training"]["max_steps"] = "100"
+    with pytest.raises(ConfigError, match=r"training.max_steps must be an integer, not '100'"):
+        train(config_from_dict(raw))

@@ -162,6 +162,8 @@ def _blanks(value: Any, where: str = "") -> list[str]:
     """Keys that `fastalign init` has left to the user."""
     if isinstance(value, Mapping):
         return [key for name, item in value.items() for key in _blanks(item, f"{where}.{name}" if where else name)]
+    if isinstance(value, list):
+        return [*dict.fromkeys(key for item in value for key in _blanks(item, where))]
     return [where] if value == BLANK else []
 
 
@@ -185,6 +187,7 @@ def refuse_secrets(value: Any, where: str) -> None:
     """ConfigError where a text of the configuration, which is written to files, holds an access token or a password."""
     if isinstance(value, Mapping):
         for key, item in value.items():
+            refuse_secrets(str(key), f"a key of {where}")
             refuse_secrets(item, f"{where}.{key}" if where else str(key))
     elif isinstance(value, (list, tuple)):
         for item in value:
@@ -224,7 +227,7 @@ def _validate_stream(data: Data, source: DataSource, key: str, config: Config) -
         raise ConfigError(
             f"{key}.streaming: a stream is one source alone, not an item of a list; name files by a pattern"
         )
-    if not (isinstance(steps, int) and steps > 0):
+    if steps is None or (isinstance(steps, (int, float)) and steps <= 0):
         raise ConfigError(f"{key}.streaming: nobody knows how long a stream is; set training.max_steps")
     if source.split is not None and re.search(r"[\[+]", source.split):
         raise ConfigError(f"{key}.split: {source.split!r} is a part or a sum of splits, which cannot be streamed")

@@ -130,6 +130,8 @@ class StreamedRows:
 
     def place(self, position: int) -> dict[str, Any]:
         """From where to read on to be at a position; to be saved as JSON."""
+        if position == self._blocks[-1].end:  # nothing is read that may never be needed
+            return self._place()
         self._reach(position, position + 1)
         block = self._block_of(position)
         assert block is not None
@@ -189,7 +191,8 @@ class StreamedRows:
 
     def _items(self, taken: list[tuple[str, Any]]) -> list[Any]:
         places, rows = [where for where, _ in taken], [row for _, row in taken]
-        source = Source(self._feed.name, rows, places.__getitem__, has_columns=self._feed.has_columns)
+        name = f"the first {len(rows):,} rows of {self._feed.name}"  # in messages of what is not in any row
+        source = Source(name, rows, places.__getitem__, has_columns=self._feed.has_columns)
         if self._source.columns is not None:
             source = select(source, self._source.columns, self._key, all_there=self._number == 0)
         tally = Tally()

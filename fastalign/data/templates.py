@@ -142,7 +142,8 @@ class TaskReader:
         missing = [language for language in self.config.languages if language not in found]
         if missing and (block is None or (block == 0 and len(missing) == len(self.config.languages))):
             there = listed(sorted(found), 20)
-            raise DataError(f"task.languages: {quoted(missing[0])} is not in {key}; there: {there}")
+            part = key if block is None else f"the first rows of {key}, which is streamed as it is written"
+            raise DataError(f"task.languages: {quoted(missing[0])} is not in {part}; there: {there}")
         return _of_languages(self.config.languages, examples, key, tally)
 
     def _listed_types(self, types: set[str], key: str) -> list[str]:

@@ -6,6 +6,7 @@ into the memory; what it cannot know says `FILL IN`, which `fastalign train` ref
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def write_starter(out: str, *, overwrite: bool = False, **options: Any) -> dict[
         write_text(path, proposal.text)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--out: {out!r} cannot be written: {getattr(error, 'strerror', None) or error}") from None
-    command = f"fastalign train {out}"
+    command = f"fastalign train {shlex.quote(out)}"
     return {"out": out, "lines": proposal.lines, "next": [f"{command} --dry-run", command]}
 
 

@@ -53,7 +53,7 @@ class Needs:
 
 def parse_memory(text: str, key: str) -> int:
     """Bytes of ``8GB``, ``24G``, ``12GiB`` or ``8000MB``. Raises ConfigError."""
-    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([a-z]+)\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([a-z]+)\s*", text, re.IGNORECASE)
     size = float(match[1]) * UNITS.get(match[2].lower(), 0) if match else 0
     if not 10**8 <= size <= 10**13:
         raise ConfigError(f"{key} must be a size from 100MB to 10TB such as 8GB, 24G or 12GiB, not {text!r}")

@@ -20,6 +20,7 @@ from fastalign.streams.alignment import AlignmentStream
 from fastalign.streams.base import Stream
 from fastalign.streams.task import TaskStream
 from fastalign.training.checkpoint import PLACES
+from fastalign.training.schedule import Schedule
 
 MAX_HELD_OUT = {"task": 500, "alignment": 1_000}
 REMEMBERED = 12  # steps whose streamed rows can still be named: a failure is seen up to SETTLE_EVERY steps later
@@ -54,7 +55,8 @@ class Inputs:
         }
         for name, part in (("task", self.task), ("alignment", self.pairs)):
             if part is not None and isinstance(part[0], StreamedRows):
-                place = _saved_place(checkpoint, name, self.tally)
+                trained = name in Schedule(config.schedule.mode, config.schedule.ratio).streams
+                place = _saved_place(checkpoint, name, self.tally) if trained else None
                 part[0].begin(args.seed, REMEMBERED * steps[name] * args.world_size, place)
         if self.task is not None and self.later is not None:
             self.task = (self.task[0], self.later())

@@ -14,6 +14,7 @@ from fastalign.data.text import shown
 from fastalign.data.tokenization import IGNORE_INDEX
 from fastalign.errors import ConfigError
 from fastalign.streams.base import MicroBatch, Stream
+from fastalign.training.checkpoint import checkpoint_to_resume
 from fastalign.training.forecast import Shape, forecast
 from fastalign.training.memory import free_bytes, gigabytes
 from fastalign.training.output import require_free_folder
@@ -44,8 +45,9 @@ def dry_run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     require_data(config)
     refused = []
     try:
-        if not config.training.get("resume_from_checkpoint"):
-            require_free_folder(config.output_dir, overwrite, base=config.model.name_or_path)
+        checkpoint = checkpoint_to_resume(config)
+        resumes = checkpoint is not None and checkpoint.resolve().parent == config.output_dir.resolve()
+        require_free_folder(config.output_dir, overwrite, resumes=resumes, base=config.model.name_or_path)
     except ConfigError as error:
         refused.append(f"but `train` would stop here: {error}")
     run = prepare(config)
@@ -94,8 +96,13 @@ def preview(
     looks, shapes = {}, {}
     for name in planned:
         stream = streams[name]
-        batches = list(_first_batches(stream, args.world_size))
-        looks[name] = _look(stream, batches, tokenizer)
+        examples: list[dict[str, Any]] = []
+        batches = []
+        for batch in _first_batches(stream, planned[name]["rows"] or MEASURED, args.world_size):
+            batches.append(batch)
+            if len(examples) < EXAMPLES:  # now: a stream forgets the rows it is done with
+                examples += islice(_examples(stream, batch, tokenizer), EXAMPLES - len(examples))
+        looks[name] = {**_look(batches), "examples": examples}
         sides = 2 if name == "alignment" else 1
         widths = [batch.inputs["input_ids"].shape[1] for batch in batches]
         shapes[name] = Shape(
@@ -149,26 +156,26 @@ def preview_lines(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _first_batches(stream: Stream, world_size: int) -> Iterator[MicroBatch]:
+def _first_batches(stream: Stream, there: int, world_size: int) -> Iterator[MicroBatch]:
+    """Of the run, until they hold `MEASURED` rows or about as many as there are."""
     rows = 0
     for index in range(STEPS):
         for batch in stream.micro_batches(index, 0, world_size):
             yield batch
             rows += len(batch.rows)
-            if rows >= MEASURED:
+            if rows >= min(there, MEASURED):
                 return
 
 
-def _look(stream: Stream, batches: list[MicroBatch], tokenizer: Any) -> dict[str, Any]:
+def _look(batches: list[MicroBatch]) -> dict[str, Any]:
     lengths = torch.cat([batch.inputs["attention_mask"].sum(dim=1) for batch in batches])
     marked = sum(int(_marks(batch).sum()) for batch in batches)
     levels = torch.tensor(QUANTILES, dtype=torch.float64)
     counts = torch.quantile(lengths.double(), levels, interpolation="higher").int().tolist()
     return {
-        "rows_measured": sum(len(batch.rows) for batch in batches),
+        "rows_measured": len({row for batch in batches for row in batch.rows}),
         "tokens": {str(level): count for level, count in zip(QUANTILES, counts, strict=True)},
         "marked_share": marked / int(lengths.sum()),
-        "examples": list(islice(_examples(stream, batches, tokenizer), EXAMPLES)),
     }
 
 
@@ -178,19 +185,17 @@ def _marks(batch: MicroBatch) -> torch.Tensor:
     return batch.inputs["pool_mask"].bool() if labels is None else labels != IGNORE_INDEX
 
 
-def _examples(stream: Stream, batches: list[MicroBatch], tokenizer: Any) -> Iterator[dict[str, Any]]:
-    for batch in batches:
-        marks = _marks(batch)
-        count = len(batch.rows)
-        for i, row in enumerate(batch.rows):
-            parts: list[tuple[str, bool]] = []
-            for side in range(i, len(marks), count):  # the translation stands in the second half
-                parts += [("  =  ", False)] if parts else []
-                real = int(batch.inputs["attention_mask"][side].sum())
-                ids, learnt = batch.inputs["input_ids"][side, :real].tolist(), marks[side, :real].tolist()
-                for marked, run in groupby(zip(ids, learnt, strict=True), key=lambda pair: pair[1]):
-                    parts.append((tokenizer.decode([token for token, _ in run]), marked))
-            yield {"where": stream.where(row), "language": stream.language(stream.train[row]), "parts": parts}
+def _examples(stream: Stream, batch: MicroBatch, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    marks = _marks(batch)
+    for i, row in enumerate(batch.rows):
+        parts: list[tuple[str, bool]] = []
+        for side in range(i, len(marks), len(batch.rows)):  # the translation stands in the second half
+            parts += [("  =  ", False)] if parts else []
+            real = int(batch.inputs["attention_mask"][side].sum())
+            ids, learnt = batch.inputs["input_ids"][side, :real].tolist(), marks[side, :real].tolist()
+            for marked, run in groupby(zip(ids, learnt, strict=True), key=lambda pair: pair[1]):
+                parts.append((tokenizer.decode([token for token, _ in run]), marked))
+        yield {"where": stream.where(row), "language": stream.language(stream.train[row]), "parts": parts}
 
 
 def _duration(seconds: float) -> str:

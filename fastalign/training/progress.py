@@ -26,12 +26,13 @@ class Progress(TrainerCallback):
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
-        self._began = self._last = 0.0
+        self._began = 0.0
+        self._last: float | None = None  # when a plain line was told
         self._first_step = 0
         self._losses: dict[str, str] = {}  # the latest of each stream
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began, self._last, self._first_step = time.monotonic(), -QUIET, state.global_step
+        self._began, self._last, self._first_step = time.monotonic(), None, state.global_step
         if state.is_world_process_zero and not args.disable_tqdm:
             self._bar = tqdm(
                 total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, file=sys.stderr
@@ -40,6 +41,8 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
+        elif state.is_world_process_zero and self._told_long_ago(2 * QUIET):  # logs are far apart, or off
+            self._tell(f"step {state.global_step:,} of {state.max_steps:,}{self._left(state)}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
@@ -54,8 +57,7 @@ class Progress(TrainerCallback):
         words = ", ".join([*self._losses.values(), *_rates(logs), _memory(args.device)])
         if self._bar is not None:
             self._bar.set_postfix_str(words)
-        elif time.monotonic() - self._last >= QUIET:
-            self._last = time.monotonic()
+        elif self._told_long_ago(QUIET):
             self._tell(f"step {state.global_step:,} of {state.max_steps:,}: {words}{self._left(state)}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -68,6 +70,14 @@ class Progress(TrainerCallback):
             say(line)
         else:
             self._bar.write(line, file=sys.stderr)
+
+    def _told_long_ago(self, seconds: float) -> bool:
+        """Whether that long ago or never; then it counts as told now."""
+        now = time.monotonic()
+        if now - (self._last if self._last is not None else self._began - QUIET) < seconds:
+            return False
+        self._last = now
+        return True
 
     def _left(self, state: Any) -> str:
         done = state.global_step - self._first_step

@@ -62,7 +62,7 @@ def run_record(config: Config, files: Mapping[str, list[dict[str, Any]]], world_
 def _content(file: Mapping[str, Any]) -> str:
     """What decides the rows of a file: its bytes, and which columns are taken as what."""
     digest = file["sha256"] or file["name"]
-    return f"{digest} columns {json.dumps(file['columns'])}" if "columns" in file else digest
+    return f"{digest} columns {json.dumps(file['columns'], sort_keys=True)}" if "columns" in file else digest
 
 
 def require_same_run(checkpoint: Path, record: Mapping[str, Any]) -> list[str]:
