@@ -356,3 +356,13 @@ def test_a_hundred_thousand_rows_in_seconds(write):
     pairs = read_pairs(path, "to_english", "k")
     assert time.perf_counter() - started < 10  # measured: 1.2 s
     assert len(pairs) == 100_000 and len({pair.meaning for pair in pairs}) == 50_000
+
+
+def test_a_column_of_row_numbers_is_not_taken_for_indonesian(tmp_path: Path):
+    def write(ids: list[str]) -> str:
+        rows = [{"id": number, "de": f"satz {number}", "en": f"sentence {number}"} for number in ids]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(tmp_path / "a.jsonl")
+
+    assert "call it _id" in refusal(write(["a1", "a2", "tidak"]))
+    assert {pair[0] for pair in read(write(["selamat pagi", "terima kasih", "a3"]))} == {"id", "de"}

@@ -422,3 +422,14 @@ def test_the_tally_keeps_the_mapping(tmp_path: Path) -> None:
     read_sources(DataSource(path=write(tmp_path / "a.jsonl", QA), columns=columns), "task.data", tally)
     [file] = tally.as_dict()["files"]["task.data"]
     assert file["rows"] == 6 and file["columns"] == columns and len(file["sha256"]) == 64
+
+
+def test_class_labels_are_the_same_in_a_file_in_its_folder_and_in_a_nested_column(tmp_path: Path) -> None:
+    label = datasets.ClassLabel(names=["bad", "good"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": label, "by": {"ada": label}})
+    table = datasets.Dataset.from_list([{"text": "x", "label": 1, "by": {"ada": 0}}], features=features)
+    (tmp_path / "set").mkdir()
+    table.to_parquet(str(tmp_path / "set" / "train.parquet"))
+    wanted = [{"text": "x", "label": "good", "by": {"ada": "bad"}}]
+    assert rows_of(path=str(tmp_path / "set")) == wanted
+    assert rows_of(path=str(tmp_path / "set" / "train.parquet")) == wanted

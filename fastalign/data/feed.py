@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from fastalign.config import DataSource
 from fastalign.config.hub import asking_hub
 from fastalign.data.files import NAME, SUFFIXES, Lines, Row, plain_suffix, quiet, require_readable, text_rows
-from fastalign.data.sets import data_files, decoder, load, named, told
+from fastalign.data.labels import decoder
+from fastalign.data.sets import data_files, load, named, told
 from fastalign.data.sources import found_paths, is_set, refuse_options
 from fastalign.data.text import quoted, shown
 from fastalign.errors import DataError

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fastalign.data.labels import decoder
 from fastalign.data.text import quoted, shown
 from fastalign.errors import DataError
 
@@ -196,8 +197,9 @@ def _read_parquet(path: str) -> Source:
     try:
         with quiet():
             stream: Any = datasets.load_dataset("parquet", data_files=glob.escape(path), split="train", streaming=True)
+            decode = decoder(stream.features)
             for table in stream.with_format("arrow").iter(batch_size=10_000):
-                rows += table.to_pylist()
+                rows += map(decode, table.to_pylist())
     except Exception as error:  # of pyarrow, datasets and fsspec, whose errors share no base class
         why = shown(" ".join(str(error).split()) or type(error).__name__, 160)
         raise DataError(f"{name} cannot be read as parquet, perhaps damaged or cut off ({why})") from None

@@ -175,6 +175,13 @@ class _PairReader:
                 f"empty ({places}); fill them in, remove them, or leave out the key of a language that has no "
                 "translation"
             )
+        indonesian = [pair[side] for pair in self.sentences for side in (0, 1) if pair[2 + side] == "id"]
+        codes = sum(" " not in text and any(map(str.isdigit, text)) for text in indonesian)
+        if 2 * codes > len(indonesian):
+            raise DataError(
+                f"{self.key}: the key id is Indonesian, and holds {quoted(indonesian[0])} and the like, which are no "
+                "sentences; call it _id, so that it is metadata"
+            )
         if not self.sentences:
             raise DataError(f"{self.key}: no pair of sentences{self._hint()} (languages: {self._there()})")
 

@@ -8,12 +8,13 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from fastalign.config import DataSource
 from fastalign.config.hub import asking_hub, may_ask_hub
 from fastalign.data.files import NAME, Row, Source, quiet
+from fastalign.data.labels import decoder
 from fastalign.data.text import listed, quoted, shown
 from fastalign.errors import DataError
 
@@ -63,14 +64,6 @@ def load(path: str, source: DataSource, **options: Any) -> Any:
             return datasets.load_dataset(path, split=splits[0], **options)
 
 
-def decoder(features: Any) -> Callable[[Row], Row]:
-    """From a row to the same with names instead of the numbers of class labels, alone and in lists."""
-    decoders = {name: decode for name, feature in (features or {}).items() if (decode := _decoder(feature))}
-    if not decoders:
-        return lambda row: row
-    return lambda row: {k: decoders[k](value) if k in decoders else value for k, value in row.items()}
-
-
 def data_files(path: str, source: DataSource, split: str) -> list[str]:
     """Where the rows of a split come from: files, or addresses that hold the commit."""
     import datasets
@@ -85,18 +78,6 @@ def digest(rows: list[Row]) -> str:
     for row in rows:
         hashed.update(json.dumps(row, default=str).encode() + b"\n")
     return hashed.hexdigest()
-
-
-def _decoder(feature: Any) -> Callable[[Any], Any] | None:
-    """From a class label, or a list of them, to names; None for anything else."""
-    names = getattr(feature, "names", None)
-    if isinstance(names, list):
-        return lambda value: names[value] if isinstance(value, int) and 0 <= value < len(names) else value
-    inner = getattr(feature, "feature", None)
-    decode = None if inner is None or isinstance(inner, dict) else _decoder(inner)
-    if decode is None:
-        return None
-    return lambda values: [decode(value) for value in values] if isinstance(values, list) else values
 
 
 @contextlib.contextmanager
