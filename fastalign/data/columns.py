@@ -50,7 +50,7 @@ def select(source: Source, columns: Mapping[str, Any], key: str, all_there: bool
         missing -= {named[ours] for ours in values}
         rows.append({ours: constants[ours] if ours in constants else values[ours] for ours in columns
                      if ours in constants or ours in values})  # fmt: skip
-    there = _first_values(source.rows)
+    there = first_values(source.rows)
     if missing and all_there:
         column = min(missing)
         raise DataError(
@@ -145,7 +145,7 @@ def _value(row: Any, column: str) -> Any:
     return _ABSENT
 
 
-def _first_values(rows: Sequence[Row]) -> Row:
+def first_values(rows: Sequence[Row]) -> Row:
     """For each column of the first rows the first value that is not empty."""
     values: Row = {}
     for row in rows[:SAMPLED]:

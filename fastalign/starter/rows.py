@@ -11,7 +11,16 @@ from typing import Any
 
 from fastalign.config import Data, DataSource, TaskConfig
 from fastalign.config.dialect import load_yaml
-from fastalign.data.columns import LANGUAGES, MESSAGES, PROMPTS, RESPONSES, TAGS, TOKENS, proposal_for_pairs
+from fastalign.data.columns import (
+    LANGUAGES,
+    MESSAGES,
+    PROMPTS,
+    RESPONSES,
+    TAGS,
+    TOKENS,
+    first_values,
+    proposal_for_pairs,
+)
 from fastalign.data.files import SUFFIXES, Row, plain_suffix
 from fastalign.data.languages import LANGUAGE_NAMES
 from fastalign.data.parallel import Pair, is_english, read_pairs
@@ -56,7 +65,7 @@ def find_task(paths: Sequence[str], key: str) -> Found:
         DataError: files that cannot be read, or columns that could mean several things.
     """
     files = _listed(paths)
-    row = _first_values([row for source in read_sources(_spec(files), key) for row in source.rows])
+    row = first_values([row for source in read_sources(_spec(files), key) for row in source.rows])
     found = _task_keys(row)
     keys, columns = found or ({}, None)
     data = _spec(files, columns)
@@ -134,16 +143,6 @@ def _spec(paths: list[str], columns: dict[str, Any] | None = None) -> Data:
     if columns:
         return DataSource(path=path, columns=columns)
     return path if isinstance(path, str) else [*paths]
-
-
-def _first_values(rows: Sequence[Row]) -> Row:
-    """Each column's first value that is not empty."""
-    values: Row = {}
-    for row in rows[:SAMPLED]:
-        for name, value in row.items():
-            if values.get(name) in (None, "", [], {}):
-                values[name] = value
-    return values
 
 
 def _task_keys(row: Row) -> tuple[dict[str, tuple[Any, str]], dict[str, Any] | None] | None:
