@@ -30,12 +30,16 @@ def mask_secrets(text: str) -> str:
     return PASSWORD.sub("***", mask_tokens(text))
 
 
+def printable(text: str) -> str:
+    """`text` with the escapes of Python for whatever could drive a terminal or end a line."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 class FastalignError(Exception):
     """Base of everything that is told in one line, which holds no secret and nothing that drives a terminal."""
 
     def __init__(self, message: str):
-        message = mask_secrets(" ".join(message.split()))
-        message = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
+        message = printable(mask_secrets(" ".join(message.split())))
         if len(message) > LONGEST:  # it quotes something long; what is wrong comes first, how to mend it last
             message = f"{message[: LONGEST // 2]} [...] {message[-LONGEST // 2 :]}"
         super().__init__(message)

@@ -29,10 +29,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def installed_version() -> str | None:
-    """Of fastalign; None where it runs without being installed."""
+def installed_version(package: str = "fastalign") -> str | None:
+    """Of a package; None where it is not installed."""
     try:
-        return importlib.metadata.version("fastalign")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 

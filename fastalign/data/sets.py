@@ -37,8 +37,8 @@ def read_set(path: str, source: DataSource, key: str) -> Source:
         rows = table.with_format("arrow")[:].to_pylist() if len(table) else []
         decode = decoder(table.features)
         rows = [decode(row) for row in rows]
-    fingerprint = digest(rows) if os.path.isdir(path) else getattr(table, "_fingerprint", None)
-    fingerprint = fingerprint and (fingerprint if os.path.isdir(path) else f"fingerprint {fingerprint}")
+    of_hub = getattr(table, "_fingerprint", None)
+    fingerprint = digest(rows) if os.path.isdir(path) else of_hub and f"fingerprint {of_hub}"
     return Source(name, rows, lambda i: f"{name}, row {i + 1}", fingerprint)
 
 

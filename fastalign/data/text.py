@@ -5,6 +5,8 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
+from fastalign.errors import printable
+
 INVISIBLE = ("Cc", "Cf", "Cs", "Zs", "Zl", "Zp")  # controls, formats, half characters, every kind of space
 BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that draw nothing
 
@@ -30,7 +32,7 @@ def shown(value: object, limit: int = 80) -> str:
         text = f"a {type(value).__name__}"
     if len(text) > limit:
         text = f"{text[: limit * 2 // 3]}...{text[len(text) - limit // 3 :]}"
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return printable(text)
 
 
 def quoted(value: object, limit: int = 60) -> str:

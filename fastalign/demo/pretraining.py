@@ -7,7 +7,7 @@ from typing import Any
 
 from fastalign.data import demo_corpus
 from fastalign.training.arguments import hardware_defaults, training_arguments
-from fastalign.training.progress import Progress
+from fastalign.training.progress import show_progress
 
 SENTENCES, STEPS = 3_000, 500  # per language; of the optimizer
 MODEL = {
@@ -27,8 +27,6 @@ def pretrain(folder: Path, seed: int) -> None:
         DataCollatorForLanguageModeling,
         LlamaConfig,
         LlamaForCausalLM,
-        PrinterCallback,
-        ProgressCallback,
         Trainer,
         set_seed,
     )
@@ -58,10 +56,8 @@ def pretrain(folder: Path, seed: int) -> None:
         train_dataset=rows,  # type: ignore[arg-type]
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         processing_class=tokenizer,
-        callbacks=[Progress()],
     )
-    for told_twice in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(told_twice)
+    show_progress(trainer)
     trainer.train()
     trainer.save_model(str(folder))
 

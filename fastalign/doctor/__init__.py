@@ -10,9 +10,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from fastalign.config.checks import installed_version
 from fastalign.doctor.children import Answer, ask_all
 from fastalign.doctor.machine import nvidia_gpus, this_machine
-from fastalign.doctor.parts import PARTS, oldest, row, untried, version
+from fastalign.doctor.parts import PARTS, oldest, row, untried
 from fastalign.doctor.verdict import conclusion, device_rows, disk_rows, problems
 from fastalign.doctor.words import table
 
@@ -51,7 +52,7 @@ def doctor(parts: Sequence[str] | None = None, limit: float = LIMIT) -> dict[str
     wrong = problems(rows)
     return {
         "machine": here,
-        "versions": {"python": here["python"], "fastalign": version("fastalign"), **_versions(rows)},
+        "versions": {"python": here["python"], "fastalign": installed_version(), **_versions(rows)},
         "device": training.facts.get("device"),
         "gpus": answers["torch"].facts.get("gpus", []),
         "kernels": backend,

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastalign.errors import mask_secrets
+from fastalign.errors import mask_secrets, printable
 
 AT_ONCE = 2
 LONGEST = 300  # characters of a reason
@@ -129,8 +129,7 @@ def run(command: Sequence[str], limit: float, environment: Mapping[str, str] | N
 
 def one_line(text: str) -> str:
     """`text` on one line, without secrets and without what drives a terminal, at most `LONGEST` characters."""
-    text = mask_secrets(" ".join(text.split()))
-    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    text = printable(mask_secrets(" ".join(text.split())))
     return text if len(text) <= LONGEST else text[: LONGEST - 5] + "[...]"
 
 

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from fastalign.config.checks import installed_version
 from fastalign.doctor.children import Answer
 
 Rows = list[dict[str, Any]]
@@ -56,14 +57,6 @@ PARTS: dict[str, Part] = {
 }
 
 
-def version(package: str) -> str | None:
-    """The installed version, None where there is none."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def oldest() -> dict[str, str]:
     """The oldest version of each package that fastalign asks for; empty where it is not installed itself."""
     try:
@@ -90,7 +83,7 @@ def untried(name: str) -> Answer:
 def row(name: str, answer: Answer, answers: dict[str, Answer], floors: dict[str, str]) -> dict[str, Any]:
     """What is said of a part: `part`, `version`, `state`, `use`, `why` and `mend`, a command or None."""
     part = PARTS[name]
-    found = answer.facts.get("version") or (version(part.package) if part.package else "")
+    found = answer.facts.get("version") or (installed_version(part.package) if part.package else "")
     state, why = answer.state, answer.why
     if state == "missing":
         found = None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from fastalign.streams.base import say
 from fastalign.training.memory import gigabytes
@@ -85,6 +85,13 @@ class Progress(TrainerCallback):
             return ""
         seconds = (time.monotonic() - self._began) / done * (state.max_steps - state.global_step)
         return f", {tqdm.format_interval(seconds)} left"
+
+
+def show_progress(trainer: Trainer) -> None:
+    """Let `Progress` stand for the callbacks by which transformers tells the same."""
+    for told_twice in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(told_twice)
+    trainer.add_callback(Progress())
 
 
 def _is_score(name: str, value: object) -> bool:

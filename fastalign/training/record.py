@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
+
+from fastalign.config.checks import installed_version
 
 PACKAGES = (
     "fastalign", "torch", "triton", "transformers", "peft", "accelerate", "datasets", "safetensors", "bitsandbytes",
@@ -13,10 +14,4 @@ PACKAGES = (
 
 def versions() -> dict[str, str | None]:
     """Of Python and of the packages that decide what a run computes; None where one is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    return {"python": platform.python_version(), **{package: installed_version(package) for package in PACKAGES}}

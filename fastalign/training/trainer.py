@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from fastalign.config import nearest
 from fastalign.data.streaming import StreamedRows
@@ -33,7 +33,7 @@ from fastalign.training.failures import Moment, out_of_memory, stop_not_finite, 
 from fastalign.training.memory import told_out_of_memory
 from fastalign.training.meter import StreamMeter
 from fastalign.training.plan import total_steps
-from fastalign.training.progress import Progress
+from fastalign.training.progress import show_progress
 from fastalign.training.resume import TakeUp
 from fastalign.training.schedule import Schedule
 from fastalign.training.zero import refuse_zero3, zero_term
@@ -118,10 +118,9 @@ class AlignTrainer(Trainer):
         self._steps_per_epoch = args.max_steps if endless else max(1, schedule.steps(math.ceil(epoch)))
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs need a launcher: threads cannot share a model that exits early
         args.ddp_find_unused_parameters = False  # zero_term uses all of them; DDP would count them twice
-        kwargs["callbacks"] = [TakeUp(), self.meter, Progress(), *(kwargs.get("callbacks") or [])]
+        kwargs["callbacks"] = [TakeUp(), self.meter, *(kwargs.get("callbacks") or [])]
         super().__init__(model=model, args=args, eval_dataset=[0], **kwargs)  # type: ignore[arg-type]
-        for told_twice in (ProgressCallback, PrinterCallback):
-            self.remove_callback(told_twice)
+        show_progress(self)
 
     def get_train_dataloader(self) -> DataLoader:
         """The clock: one tick a forward of the task, for one epoch; the same on all ranks."""
