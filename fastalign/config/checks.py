@@ -131,6 +131,11 @@ def validate(config: Config) -> None:
     _need(adapter.r <= MOST["rank"], "adapter.r", f"at most {MOST['rank']:,}", adapter.r)
     _need(0 < adapter.alpha < float("inf"), "adapter.alpha", "above 0", adapter.alpha)
     _need(0 <= adapter.dropout < 1, "adapter.dropout", "in [0, 1)", adapter.dropout)
+    if adapter.dtype == "float16" and config.training.get("fp16"):
+        raise ConfigError(
+            "adapter.dtype: float16 cannot be trained under training.fp16, whose scaled gradients need fp32; set "
+            "adapter.dtype: auto"
+        )
     folder = config.training.get("output_dir", "")
     _need(isinstance(folder, str), "training.output_dir", "text", folder)
     _need("output_dir" not in config.training or bool(folder.strip()), "training.output_dir", "a folder's name", folder)
