@@ -141,6 +141,15 @@ def head_name(model: Any) -> list[str]:
 
 
 def name_targets(model: PeftModel) -> None:
-    """Makes the adapter of a short model fit the whole one: it names each module that it is for, not their kinds."""
+    """Makes the adapter of a short model fit the whole one: it names each part that it is for, not their kinds.
+
+    Not `layers_to_transform`, which says nothing of parts outside of the blocks, nor of the experts' parameters, and
+    which merging adapters would take from the first of them for all.
+    """
     adapter: Any = model
-    adapter.peft_config[adapter.active_adapter].target_modules = sorted(adapter.base_model.targeted_module_names)
+    config, parameters = adapter.peft_config[adapter.active_adapter], adapter.base_model.targeted_parameter_names
+    config.target_modules = sorted(adapter.base_model.targeted_module_names)
+    if config.target_parameters:
+        config.target_parameters = sorted(parameters)
+    if not parameters:
+        config.rank_pattern, config.alpha_pattern = {}, {}  # peft has some for experts, which no block here has
