@@ -179,6 +179,16 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
     return adapted
 
 
+@contextlib.contextmanager
+def same_formats(model: torch.nn.Module) -> Iterator[None]:
+    """Afterwards what is trainable has its number format again: peft makes an adapter fp32 whenever it loads one."""
+    before = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in before:
+            parameter.data = parameter.data.to(before[name])
+
+
 def _origin(config: ModelConfig) -> dict[str, Any]:
     return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
 

@@ -7,6 +7,7 @@ nothing makes a copy of them in fp32: what is frozen and read only needs none.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,8 @@ def require_quantization(config: ModelConfig, hf_config: PretrainedConfig, devic
         remedy = "pip install bitsandbytes" if missing else "pip install --force-reinstall --no-deps bitsandbytes"
         other = "take an unquantised model" if stored else "set model.quantization: none"
         raise ConfigError(f"{asked} needs bitsandbytes, which is {why}; {remedy}, or {other}") from error
+    if stored == "int8":  # it warns at every product that it rounds to 16 bits
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if stored is not None and config.quantization not in ("none", stored):
         return [f"model.quantization: {config.quantization} has no effect: the checkpoint is {stored}, and stays it"]
     return []
