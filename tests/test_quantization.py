@@ -19,9 +19,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
-from fastalign.config import AdapterConfig, ModelConfig, config_from_dict
+from fastalign.config import ModelConfig, config_from_dict
 from fastalign.errors import ConfigError, ModelError
-from fastalign.model.loading import add_adapter, load_model, load_model_config
+from fastalign.model.loading import load_model, load_model_config
 from fastalign.model.quantization import effective_quantization, nf4, quant_storage, require_quantization
 from fastalign.training.run import train
 from tests.forks import Forks

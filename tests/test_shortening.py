@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import logging
 import warnings
@@ -31,8 +32,8 @@ LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_h
 LATENT |= ROUTED | {"n_group": 2, "first_k_dense_replace": 2, "num_key_value_heads": 4}
 ALTERNATING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 MORE: dict[str, dict[str, Any]] = {
-    **{name: {} for name in "apertus arcee biogpt ernie4_5 gemma glm glm4 gpt_bigcode helium".split()},
-    **{name: {} for name in "hunyuan_v1_dense ministral olmo phi phimoe seed_oss xglm".split()},
+    **{name: {} for name in ("apertus", "arcee", "biogpt", "ernie4_5", "gemma", "glm", "glm4", "gpt_bigcode")},
+    **{name: {} for name in ("helium", "hunyuan_v1_dense", "ministral", "olmo", "phi", "phimoe", "seed_oss", "xglm")},
     "codegen": {"rotary_dim": 8},
     "deepseek_v2": LATENT | {"topk_method": "greedy"},
     "deepseek_v3": LATENT,
@@ -172,8 +173,7 @@ def test_nothing_above_is_read(tied: bool, shard: str, tmp_path: Path, monkeypat
 
 def spy_on_reads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The names of the tensors whose content is read from then on."""
-    import transformers.modeling_utils as theirs
-
+    theirs: Any = importlib.import_module("transformers.modeling_utils")
     read: set[str] = set()
     plain = theirs.safe_open
 

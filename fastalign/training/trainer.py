@@ -245,11 +245,13 @@ class AlignTrainer(Trainer):
             super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with same_formats(self.model):
+        model: Any = self.model
+        with same_formats(model):
             super()._load_from_checkpoint(*args, **kwargs)
 
     def _load_best_model(self) -> None:
-        with same_formats(self.model):
+        model: Any = self.model
+        with same_formats(model):
             super()._load_best_model()
 
     def _load_callback_state(self) -> None:
