@@ -125,6 +125,34 @@ def test_two_ranks_resume_to_the_same_end(zero: int | None, raw_config: dict, tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_two_ranks_with_the_first_blocks_only(quantization: str, raw_config: dict, tmp_path: Path) -> None:
+    """`align_only` under DDP: evaluated, resumed to the same end, with an adapter that names its modules."""
+    raw = copy.deepcopy(raw_config)
+    raw["schedule"] = {"mode": "align_only"}
+    raw["model"]["quantization"] = quantization
+    del raw["task"]
+    raw["alignment"] |= {"micro_batch_size": 3, "eval_share": 0.4}
+    raw["training"] |= {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "report_to": "none"}
+    raw["training"] |= {"eval_strategy": "steps", "eval_steps": 3}
+    done = launch(TORCHRUN, write(raw, tmp_path / "config.yaml"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("blocks 1 to 2 of 4 are loaded") == 1
+    out = tmp_path / "out"
+    expected, summary = (out / "adapter_model.safetensors").read_bytes(), json.loads((out / "summary.json").read_text())
+    assert summary["model"]["layers_loaded"] == 2 and {"before", "after"} <= summary["retrieval"].keys()
+    assert "eval_alignment_loss" in summary["evaluation"]
+    assert len(json.loads((out / "adapter_config.json").read_text())["target_modules"]) == 14
+    shutil.rmtree(out / "checkpoint-6")
+    (out / "adapter_model.safetensors").unlink()
+    raw["training"]["resume_from_checkpoint"] = True
+    done = launch(TORCHRUN, write(raw, tmp_path / "config.yaml"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((out / "summary.json").read_text())["resumed_at"] == [3]
+    assert (out / "adapter_model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.slow
 def test_accelerate_launches_too(raw_config: dict, tmp_path: Path) -> None:
     raw = copy.deepcopy(raw_config)
     done = launch(ACCELERATE, write(raw, tmp_path / "config.yaml"))

@@ -131,6 +131,8 @@ def validate(config: Config) -> None:
     _need(adapter.r <= MOST["rank"], "adapter.r", f"at most {MOST['rank']:,}", adapter.r)
     _need(0 < adapter.alpha < float("inf"), "adapter.alpha", "above 0", adapter.alpha)
     _need(0 <= adapter.dropout < 1, "adapter.dropout", "in [0, 1)", adapter.dropout)
+    if adapter.dtype == "float16":
+        _validate_float16(config.training)
     folder = config.training.get("output_dir", "")
     _need(isinstance(folder, str), "training.output_dir", "text", folder)
     _need("output_dir" not in config.training or bool(folder.strip()), "training.output_dir", "a folder's name", folder)
@@ -155,6 +157,22 @@ def validate(config: Config) -> None:
         raise ConfigError(
             f"streams: {', '.join(config.streams)}: this version has the two built-in streams only; "
             "configure them under task: and alignment:"
+        )
+
+
+def _validate_float16(training: Mapping[str, Any]) -> None:
+    """What an adapter in fp16 cannot be trained with."""
+    if training.get("fp16"):
+        raise ConfigError(
+            "adapter.dtype: float16 cannot be trained under training.fp16, whose scaled gradients need fp32; set "
+            "adapter.dtype: auto"
+        )
+    epsilon = training.get("adam_epsilon", 1e-8)
+    plain_adam = str(training.get("optim", "adamw_torch")).startswith("adamw_torch")
+    if plain_adam and isinstance(epsilon, (int, float)) and epsilon < 1e-7:
+        raise ConfigError(
+            f"adapter.dtype: float16 needs training.adam_epsilon: 1.0e-4 or so with AdamW, because {epsilon:g} is 0 in "
+            "that format and the update would be 0 / 0; or set adapter.dtype: bfloat16"
         )
 
 

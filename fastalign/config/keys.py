@@ -47,7 +47,9 @@ class ModelConfig:
     name_or_path: str = _help("Folder or hub id of a decoder (causal) language model. Required.", "")
     revision: str | None = _help("Branch, tag or commit on the hub.", None)
     quantization: Literal["none", "nf4"] = _help(
-        "nf4: the base in 4 bits through bitsandbytes (QLoRA), with double quantisation.", "none"
+        "nf4: the base in 4 bits through bitsandbytes (QLoRA), with double quantisation. A checkpoint that "
+        "bitsandbytes has quantised, to 4 or 8 bits, is taken as it is, whatever stands here.",
+        "none",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = _help(
         "Number format of the base. auto: bfloat16 on a GPU that has it, else float32.", "auto"
@@ -64,6 +66,12 @@ class AdapterConfig:
     r: int = _help("Rank.", 8)
     alpha: float = _help("Scale: the update is alpha / r times B A.", 16)
     dropout: float = _help("Dropout before A, in [0, 1).", 0.0)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _help(
+        "Number format of the adapter, its gradient and what the optimizer keeps. auto: float32. In 16 bits they take "
+        "half the memory, but an update is lost where it is below about 1/500 of a number (bfloat16; 1/4000 in "
+        "float16, whose range is small), so that a small learning rate learns less.",
+        "auto",
+    )
     target_modules: str | list[str] = _help(
         "all-linear: every linear layer but the head; or a list of module names, e.g. [q_proj, v_proj].", "all-linear"
     )
@@ -206,7 +214,8 @@ class ScheduleConfig:
     """Which stream runs at an optimizer step."""
 
     mode: Literal["alternate", "joint", "task_only", "align_only"] = _help(
-        "alternate: one kind of batch per optimizer step, task first; joint: both in every step; or only one.",
+        "alternate: one kind of batch per optimizer step, task first; joint: both in every step; or only one. Under "
+        "align_only the model is loaded up to the deepest aligned block only, unless the task is evaluated too.",
         "alternate",
     )
     ratio: float = _help("Alignment steps per task step under `alternate`; 0.5 is one to two.", 1.0)

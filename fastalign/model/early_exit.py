@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from fastalign.errors import ConfigError, ModelError
 
-_FINAL_NORMS = {"norm", "ln_f", "final_layer_norm", "norm_f", "final_layernorm", "final_norm"}
-_FINAL_NORMS |= {"layer_norm", "embedding_norm"}  # XGLM and BioGPT, LFM2
+FINAL_NORMS = {"norm", "ln_f", "final_layer_norm", "norm_f", "final_layernorm", "final_norm"}
+FINAL_NORMS |= {"layer_norm", "embedding_norm"}  # XGLM and BioGPT, LFM2
 # Asked for one of these, transformers hooks the modules it finds, once and for good. Inside the `with` that
 # would be half a model, and later full forwards would lack the upper half: so never inside.
 _RECORDERS = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -45,7 +45,7 @@ _open: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # causal models 
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """Where things are; `owner` is the module at or below `decoder` that holds the list of blocks."""
 
     causal: nn.Module
@@ -61,7 +61,7 @@ def num_layers(model: nn.Module) -> int:
     Raises ModelError if that is not a decoder-only causal LM with one recognisable list of blocks.
     """
     causal = _unwrap(model)
-    return _open[causal] if causal in _open else len(_locate(causal).blocks)
+    return _open[causal] if causal in _open else len(locate(causal).blocks)
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def early_exit(model: nn.Module, layer: int) -> Iterator[None]:
     Raises ConfigError if `layer` is not an int in 1..L; ModelError if the model is no decoder-only causal LM,
     if (at the first call) its architecture does not give the exact state, or if an exit is already open.
     """
-    parts = _locate(_unwrap(model))
+    parts = locate(_unwrap(model))
     _check_layer(parts, layer)
     with _patched(parts, (layer,), lambda norms, kwargs: _run(parts, (layer,), norms, kwargs)[0]):
         yield
@@ -96,7 +96,7 @@ def hidden_at(model: nn.Module, layer: int | Sequence[int], **inputs: Any) -> Te
     Raises ConfigError and ModelError as `early_exit` does.
     """
     wanted: list[int] = list(layer) if isinstance(layer, Sequence) else [layer]
-    parts = _locate(_unwrap(model))
+    parts = locate(_unwrap(model))
     for one in wanted or [layer]:
         _check_layer(parts, one)
     layers = tuple(sorted({*wanted}))
@@ -126,7 +126,8 @@ def _unwrap(model: Any) -> nn.Module:
     return _unwrap(get_base()) if callable(get_base) else model
 
 
-def _locate(causal: nn.Module) -> _Parts:
+def locate(causal: nn.Module) -> Parts:
+    """The parts of a causal LM that nothing wraps. Raises ModelError as `early_exit` does."""
     name = type(causal).__name__
     if causal in _open:
         raise ModelError(f"an early exit is already open on this {name}: leave it before opening another")
@@ -150,7 +151,7 @@ def _locate(causal: nn.Module) -> _Parts:
         where = f"{len(found)} lists of num_hidden_layers={count} blocks where early exit needs exactly one"
         raise ModelError(f"{name} has {where}: use another model family")
     owner, list_name, blocks = found[0]
-    return _Parts(causal, decoder, owner, list_name, list(blocks))
+    return Parts(causal, decoder, owner, list_name, list(blocks))
 
 
 def _lists_of_length(module: nn.Module, count: int | None) -> Iterator[tuple[nn.Module, str, nn.ModuleList]]:
@@ -161,7 +162,7 @@ def _lists_of_length(module: nn.Module, count: int | None) -> Iterator[tuple[nn.
             yield from _lists_of_length(child, count)
 
 
-def _check_layer(parts: _Parts, layer: object) -> None:
+def _check_layer(parts: Parts, layer: object) -> None:
     total = len(parts.blocks)
     if not isinstance(layer, int) or isinstance(layer, bool) or not 1 <= layer <= total:
         raise ConfigError(f"layer must be an int in 1..{total} (the output of that block), got {layer!r}")
@@ -169,12 +170,12 @@ def _check_layer(parts: _Parts, layer: object) -> None:
         raise ModelError(f"{type(parts.causal).__name__} skips blocks at random: set layerdrop to 0 to train it")
 
 
-def _unsupported(parts: _Parts, why: str) -> ModelError:
+def _unsupported(parts: Parts, why: str) -> ModelError:
     name, kind = type(parts.causal).__name__, getattr(parts.causal.config, "model_type", "unknown type")
     return ModelError(f"{name} ({kind}) is not supported by early exit: {why}; use another model family")
 
 
-def _is_verified(parts: _Parts, layers: tuple[int, ...]) -> bool:
+def _is_verified(parts: Parts, layers: tuple[int, ...]) -> bool:
     return (layers, parts.owner.training) in _verified.get(parts.causal, ())
 
 
@@ -182,10 +183,10 @@ _Forward = Callable[[list[nn.Module], dict[str, Any]], Any]  # of (stand-ins of 
 
 
 @contextmanager
-def _patched(parts: _Parts, layers: tuple[int, ...], forward: _Forward) -> Iterator[None]:
+def _patched(parts: Parts, layers: tuple[int, ...], forward: _Forward) -> Iterator[None]:
     """Swap the blocks above the last of `layers`, the final norm, and the causal model's forward."""
     causal, modules = parts.causal, parts.owner._modules  # set directly, not by setattr: the order stays
-    saved = {n: m for n, m in modules.items() if m is not None and n in {*_FINAL_NORMS, parts.list_name}}
+    saved = {n: m for n, m in modules.items() if m is not None and n in {*FINAL_NORMS, parts.list_name}}
     swapped: dict[str, nn.Module] = {n: nn.Identity() for n in saved if n != parts.list_name}
     norms = list(swapped.values())
     swapped[parts.list_name] = nn.ModuleList(parts.blocks[: layers[-1]])
@@ -213,7 +214,7 @@ def _patched(parts: _Parts, layers: tuple[int, ...], forward: _Forward) -> Itera
         _open.pop(causal, None)
 
 
-def _kwargs_filter(parts: _Parts) -> Callable[[tuple, dict[str, Any]], dict[str, Any]]:
+def _kwargs_filter(parts: Parts) -> Callable[[tuple, dict[str, Any]], dict[str, Any]]:
     """A function from the arguments of the causal model to those of its decoder."""
     ours = inspect.signature(type(parts.causal).forward).parameters
     theirs = inspect.signature(type(parts.decoder).forward).parameters
@@ -244,7 +245,7 @@ def _autocast_of(forward: Any) -> AbstractContextManager:
 
 
 def _run(
-    parts: _Parts, layers: tuple[int, ...], norms: list[nn.Module], kwargs: dict[str, Any]
+    parts: Parts, layers: tuple[int, ...], norms: list[nn.Module], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[int, Tensor]]:
     """Call the decoder: its output, and the states of `layers`; watched unless verified before."""
     last, states = layers[-1], {}
@@ -276,7 +277,7 @@ def _state(output: Any) -> Any:
 class _Watch:
     """In one forward, counts the calls of all blocks and keeps copies of the states of `layers`."""
 
-    def __init__(self, parts: _Parts, layers: tuple[int, ...]):
+    def __init__(self, parts: Parts, layers: tuple[int, ...]):
         self.parts, self.layers = parts, layers
         self.runs = [0] * len(parts.blocks)
         self.copies: dict[int, Tensor] = {}

@@ -14,6 +14,8 @@ import torch
 from fastalign.config import AdapterConfig, ModelConfig
 from fastalign.config.hub import asking_hub, may_ask_hub, offline
 from fastalign.errors import ConfigError, FastalignError, ModelError
+from fastalign.model.quantization import computing_in, nf4, require_quantization, stored_quantization
+from fastalign.model.shortening import head_name, is_short, name_targets, short_class, shortened, skeleton
 from fastalign.model.soundness import (
     pickled_only,
     refuse_incomplete,
@@ -86,35 +88,49 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     return hf_config
 
 
-def load_model(config: ModelConfig, device: torch.device = CPU) -> PreTrainedModel:
+def load_model(config: ModelConfig, device: torch.device = CPU, blocks: int | None = None) -> PreTrainedModel:
     """The base model, frozen, in the configured number format.
 
     Args:
         config: which model, and in which format.
-        device: where it will be used; a 4-bit base is put there at once, others stay on the CPU.
+        device: where it will be used; a quantised base is put there at once, others stay on the CPU.
+        blocks: load the first blocks only, without final norm and head, of a model for which
+            `fastalign.model.shortening.why_whole` has no objection.
 
     Raises:
-        ConfigError: no model is named, or it is not a decoder. ModelError: it cannot be reached or read, its weights
-            are a pickle, or some of them are missing or not finite.
+        ConfigError: no model is named, it is not a decoder, or bitsandbytes is needed and does not work. ModelError: it
+            cannot be reached or read, its weights are a pickle or quantised in a way that cannot be used, or some of
+            them are missing or not finite.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
     from transformers.utils.logging import disable_progress_bar
 
-    load_model_config(config)
+    hf_config = load_model_config(config)
+    require_quantization(config, hf_config, device)
     if not sys.stderr.isatty():
         disable_progress_bar()
     if os.path.isdir(config.name_or_path):
         refuse_pickled(config.name_or_path, Path(config.name_or_path))
     with _reaching(config, "model"), _access(config, "model"):
-        options: dict[str, Any] = {"dtype": compute_dtype(config, device), **_origin(config)}
+        dtype, stored = compute_dtype(config, device), stored_quantization(hf_config)
+        options: dict[str, Any] = {"dtype": dtype, **_origin(config)}
         if config.attn_implementation != "auto":
             options["attn_implementation"] = config.attn_implementation
-        if config.quantization == "nf4":
-            options["quantization_config"] = _nf4(compute_dtype(config, device))
-            if device.type == "cuda":
-                options["device_map"] = {"": device}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model_class: Any = AutoModelForCausalLM
+        head = None
+        if blocks is not None:
+            head = head_name(skeleton(hf_config, blocks))
+            model_class, hf_config = short_class(hf_config, blocks), shortened(hf_config, blocks)
+        if stored is not None:
+            hf_config = computing_in(hf_config, dtype, skipped=head)
+        elif config.quantization == "nf4":
+            options["quantization_config"] = nf4(dtype, sharded=is_deepspeed_zero3_enabled(), skipped=head)
+        if stored is not None or config.quantization == "nf4":
+            options["device_map"] = {"": device}
+        loaded: Any = model_class.from_pretrained(
             config.name_or_path,
+            config=hf_config,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
@@ -132,7 +148,11 @@ def load_model(config: ModelConfig, device: torch.device = CPU) -> PreTrainedMod
 
 
 def add_adapter(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
-    """Wrap the model in a fresh LoRA adapter with fp32 weights. Raises ConfigError where no module matches."""
+    """Wrap the model in a fresh LoRA adapter. That of a model that was loaded up to a block fits the whole one.
+
+    Raises:
+        ConfigError: no module matches.
+    """
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(
@@ -143,13 +163,30 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, lora)
+        adapted: Any = get_peft_model(model, lora)
     except ValueError as error:
         names = sorted({name.rsplit(".", 1)[-1] for name, part in model.named_modules() if hasattr(part, "weight")})
         raise ConfigError(
             f"adapter.target_modules: {config.target_modules!r} does not fit this model ({error}); its modules: "
             f"{', '.join(names)}"
         ) from None
+    if is_short(adapted):
+        name_targets(adapted)
+    if config.dtype not in ("auto", "float32"):  # what peft makes of it
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, config.dtype))
+    return adapted
+
+
+@contextlib.contextmanager
+def same_formats(model: torch.nn.Module) -> Iterator[None]:
+    """Afterwards what is trainable has its number format again: peft makes an adapter fp32 whenever it loads one."""
+    before = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in before:
+            parameter.data = parameter.data.to(before[name])
 
 
 def _origin(config: ModelConfig) -> dict[str, Any]:
@@ -187,17 +224,6 @@ def _embedding_rows(hf_config: PretrainedConfig) -> int | None:
     """None where a model's own code has another name for it."""
     rows = getattr(hf_config.get_text_config(), "vocab_size", None)
     return rows if isinstance(rows, int) else None
-
-
-def _nf4(dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
 
 
 def _refuse_other_than_decoder(config: ModelConfig, hf_config: Any) -> None:

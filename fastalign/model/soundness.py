@@ -61,7 +61,7 @@ def refuse_incomplete(name: str, report: Mapping[str, Any]) -> None:
 def refuse_non_finite(name: str, model: torch.nn.Module) -> None:
     """ModelError where a weight is NaN or infinite. One pass on the device where the weights are, without a copy.
 
-    Of a weight in 4 bits the scales are looked at: a block with a NaN has a scale that is none.
+    Of a weight in 4 or 8 bits the scales are looked at: a block with a NaN has a scale that is none.
     """
     for parameter_name, parameter in model.named_parameters():
         for part in _numbers(parameter):
@@ -80,7 +80,7 @@ def _numbers(parameter: torch.Tensor) -> list[torch.Tensor]:
         nested = getattr(state, "state2", None)
         parts = [state.absmax, getattr(state, "offset", None), None if nested is None else nested.absmax]
     else:
-        parts = [parameter.detach()]
+        parts = [getattr(parameter, "SCB", None), parameter.detach()]
     readable = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # 8-bit floats cannot be compared
     return [part for part in parts if part is not None and part.dtype in readable and part.numel() and not part.is_meta]
 

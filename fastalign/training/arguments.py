@@ -166,6 +166,10 @@ def training_arguments(values: dict[str, Any]) -> TrainingArguments:
         choice = [key for key, value in values.items() if f"{error}".startswith(f"{value} is not a valid")]
         raise ConfigError(f"training{''.join(f'.{key}' for key in choice[:1])}: {error}") from None
     arguments.remove_unused_columns = False
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the old name and the new one
+        given = getattr(arguments, name, None)
+        if isinstance(given, dict):  # else PyTorch's own default is the reentrant kind; transformers' is not
+            setattr(arguments, name, {"use_reentrant": False, **given})
     return arguments
 
 

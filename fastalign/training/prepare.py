@@ -11,6 +11,8 @@ from fastalign.data.tokenization import SentenceTokenizer
 from fastalign.errors import ConfigError
 from fastalign.model.encode import resolve_layer
 from fastalign.model.loading import load_model_config, load_tokenizer
+from fastalign.model.quantization import require_quantization
+from fastalign.model.shortening import why_whole
 from fastalign.streams.base import Stream, gather_over_ranks
 from fastalign.training.arguments import effective_training, training_arguments
 from fastalign.training.inputs import Inputs, build_streams, read_inputs, sentence_tokenizer
@@ -26,6 +28,8 @@ class Prepared:
         config: with the effective ``training`` section.
         layers: resolved indices to align. steps: of the optimizer, of all streams.
         checkpoint: that the run goes on from, on all ranks.
+        blocks: how many blocks of the model are loaded; None: all, with the final norm and the head.
+        notes: what has to be said of how the model is loaded.
     """
 
     config: Config
@@ -39,6 +43,8 @@ class Prepared:
     streams: dict[str, Stream]
     steps: int
     checkpoint: Path | None
+    blocks: int | None
+    notes: list[str]
 
     @property
     def layer(self) -> int | list[int]:
@@ -68,7 +74,23 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Prepared:
     streams = build_streams(config, inputs, tokenizer, sentences, text_config, layers, args)
     schedule = Schedule(config.schedule.mode, config.schedule.ratio)
     steps = total_steps(schedule, streams, args)
-    return Prepared(config, args, schedule, hf_config, tokenizer, layers, inputs, sentences, streams, steps, checkpoint)
+    notes = require_quantization(config.model, hf_config, args.device)
+    blocks = _blocks(schedule, hf_config, layers, streams, args, notes)
+    return Prepared(
+        config=config,
+        args=args,
+        schedule=schedule,
+        hf_config=hf_config,
+        tokenizer=tokenizer,
+        layers=layers,
+        inputs=inputs,
+        sentences=sentences,
+        streams=streams,
+        steps=steps,
+        checkpoint=checkpoint,
+        blocks=blocks,
+        notes=notes,
+    )
 
 
 def require_data(config: Config) -> None:
@@ -77,6 +99,25 @@ def require_data(config: Config) -> None:
         if not getattr(config, name).data:
             other = {"task": "align_only", "alignment": "task_only"}[name]
             raise ConfigError(f"{name}.data is missing; give it, or set schedule.mode: {other}")
+
+
+def _blocks(
+    schedule: Schedule, hf_config: Any, layers: list[int], streams: dict[str, Stream], args: Any, notes: list[str]
+) -> int | None:
+    """How many blocks are loaded. A stream that cannot run on these is taken out of `streams`; `notes` get a reason."""
+    if schedule.streams != ("alignment",):
+        return None
+    task, blocks = streams.get("task"), max(layers)
+    why = why_whole(hf_config, blocks)
+    if why is None and task is not None and task.can_evaluate and args.eval_strategy != "no":
+        why = "the task is evaluated, too; leave task.data out, or set task.eval_share: 0, to load less"
+    depth = hf_config.get_text_config().num_hidden_layers
+    if why is not None:
+        notes.append(f"all {depth} blocks are loaded though {blocks} are needed: {why}")
+        return None
+    streams.pop("task", None)
+    notes.append(f"blocks 1 to {blocks} of {depth} are loaded, without final norm and head: no step goes further")
+    return blocks
 
 
 def _layers(config: Config, depth: int) -> list[int]:

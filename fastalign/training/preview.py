@@ -13,6 +13,7 @@ from fastalign.config.hub import offline_run
 from fastalign.data.text import shown
 from fastalign.data.tokenization import IGNORE_INDEX
 from fastalign.errors import ConfigError
+from fastalign.model.shortening import shortened
 from fastalign.streams.base import MicroBatch, Stream
 from fastalign.training.checkpoint import checkpoint_to_resume
 from fastalign.training.forecast import Shape, forecast
@@ -36,8 +37,8 @@ def dry_run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
         config, overwrite: as for `train`.
 
     Returns:
-        ``{"output_dir", "model", "layer", "layers", "steps", "schedule", "plan", "data"}``, what `preview` finds, and
-        `lines`, which tell all of it; `refused` says why `train` would not begin.
+        ``{"output_dir", "model", "layer", "layers", "layers_loaded", "steps", "schedule", "plan", "data"}``, what
+        `preview` finds, and `lines`, which tell all of it; `refused` says why `train` would not begin.
 
     Raises:
         ConfigError, DataError, ModelError: as `train`, for what cannot even be shown.
@@ -52,7 +53,8 @@ def dry_run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
         refused.append(f"but `train` would stop here: {error}")
     run = prepare(config)
     planned = plan(run.schedule, run.streams, run.steps, run.args.world_size)
-    found = preview(run.config, run.hf_config, run.tokenizer, run.streams, planned, run.args)
+    loaded = run.hf_config if run.blocks is None else shortened(run.hf_config, run.blocks)
+    found = preview(run.config, loaded, run.tokenizer, run.streams, planned, run.args)
     blocks = run.hf_config.get_text_config().num_hidden_layers
     aligned = "" if run.schedule.mode == "task_only" else f"; aligned at layer {run.layer} of {blocks}"
     return {
@@ -60,6 +62,7 @@ def dry_run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
         "model": config.model.name_or_path,
         "layer": run.layer,
         "layers": blocks,
+        "layers_loaded": run.blocks or blocks,
         "steps": run.steps,
         "schedule": run.schedule.mode,
         "plan": planned,
@@ -68,6 +71,7 @@ def dry_run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
         "refused": refused,
         "lines": [
             f"{config.model.name_or_path}: {run.hf_config.model_type} of {blocks} layers{aligned}",
+            *run.notes,
             f"{run.steps:,} steps, {run.schedule.mode}",
             *plan_lines(planned, run.streams),
             *run.inputs.tally.lines(),
@@ -84,7 +88,7 @@ def preview(
 
     Args:
         config: with the effective ``training`` section.
-        hf_config: of the model, from transformers. tokenizer: of the model.
+        hf_config: of what is loaded, from transformers. tokenizer: of the model.
         streams: by name. planned: those that are trained on, as `plan` describes them.
         args: `transformers.TrainingArguments`.
 

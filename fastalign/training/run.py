@@ -19,6 +19,7 @@ from fastalign.errors import ConfigError, FastalignError, RunError
 from fastalign.model.device import device_name, kernels
 from fastalign.model.early_exit import hidden_at
 from fastalign.model.loading import add_adapter, load_model
+from fastalign.model.quantization import effective_quantization
 from fastalign.probing.retrieval import choose_pairs, retrieval
 from fastalign.streams.base import is_first_rank, say
 from fastalign.training.checkpoint import (
@@ -30,7 +31,6 @@ from fastalign.training.checkpoint import (
     step_of,
     write_text,
 )
-from fastalign.training.inputs import Inputs
 from fastalign.training.interrupt import SaveOnInterrupt
 from fastalign.training.memory import free_bytes, gigabytes, is_out_of_memory, told_out_of_memory
 from fastalign.training.output import clear, is_unfinished, locked, require_free_folder
@@ -75,7 +75,7 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
             changes.append("training.save_only_model: no checkpoint of this run can be continued from")
 
         set_seed(args.seed)
-        model = _load(config, args.device)
+        model = _load(config, args.device, run.blocks)
         probe = _probe(run, config.alignment.eval_pairs) if inputs.pairs else None
         interrupt = SaveOnInterrupt()
         trainer = _trainer(
@@ -91,7 +91,7 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
         _try_early_exit(model, run.layers)
         planned = plan(run.schedule, run.streams, steps, args.world_size)
         counted = inputs.tally.lines()
-        say(*_unused_gpus(args), *changes, *counted, *plan_lines(planned, run.streams))
+        say(*_unused_gpus(args), *changes, *run.notes, *counted, *plan_lines(planned, run.streams))
         with disk_errors(config.output_dir):
             config.output_dir.mkdir(parents=True, exist_ok=True)
             if is_first_rank():
@@ -117,7 +117,7 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
                 "layer": run.layer,
                 "streams": trainer.meter.summary(),
                 **_measured(trainer, probe),
-                **_record(config, trainer, inputs, planned),
+                **_record(run, trainer, planned),
             }
             if is_first_rank():
                 write_text(config.output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -164,8 +164,8 @@ def _unused_gpus(args: Any) -> list[str]:
     )
 
 
-def _load(config: Config, device: torch.device) -> torch.nn.Module:
-    """The base in its adapter. RunError where it does not fit into memory."""
+def _load(config: Config, device: torch.device, blocks: int | None) -> torch.nn.Module:
+    """The base, or its first blocks, in its adapter. RunError where it does not fit into memory."""
     free = free_bytes(device)
 
     def tell(why: str) -> RunError:
@@ -175,7 +175,7 @@ def _load(config: Config, device: torch.device) -> torch.nn.Module:
         )
 
     with told_out_of_memory(tell):
-        return add_adapter(load_model(config.model, device), config.adapter)
+        return add_adapter(load_model(config.model, device, blocks), config.adapter)
 
 
 def _measured(trainer: AlignTrainer, probe: Probe | None) -> dict[str, Any]:
@@ -200,23 +200,28 @@ def _measured(trainer: AlignTrainer, probe: Probe | None) -> dict[str, Any]:
     return results
 
 
-def _record(config: Config, trainer: AlignTrainer, inputs: Inputs, planned: dict[str, Any]) -> dict[str, Any]:
+def _record(run: Prepared, trainer: AlignTrainer, planned: dict[str, Any]) -> dict[str, Any]:
     """What was run, and with what: for whoever asks later where the numbers come from."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     base = model.get_base_model().config
     trainable, total = model.get_nb_trainable_parameters()
+    depth = run.hf_config.get_text_config().num_hidden_layers
+    parts = "the model" if run.blocks is None else f"the embeddings, blocks 1 to {run.blocks} of {depth}"
     return {
         "model": {
-            "name": config.model.name_or_path,
+            "name": run.config.model.name_or_path,
             "commit": getattr(base, "_commit_hash", None),
             "type": base.model_type,
-            "quantization": config.model.quantization,
+            "quantization": effective_quantization(run.config.model, run.hf_config),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "layers": depth,
+            "layers_loaded": run.blocks or depth,
             "parameters": total,
+            "parameters_of": f"{parts} and the adapter",
             "trainable": trainable,
         },
         "plan": planned,
-        "data": inputs.tally.as_dict(),
+        "data": run.inputs.tally.as_dict(),
         "seed": trainer.args.seed,
         "ranks": trainer.args.world_size,
         "resumed_at": trainer.meter.notes.get("resumed_at", []),

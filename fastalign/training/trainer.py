@@ -27,6 +27,7 @@ from transformers import Trainer, TrainingArguments
 from fastalign.config import nearest
 from fastalign.data.streaming import StreamedRows
 from fastalign.errors import ConfigError
+from fastalign.model.loading import same_formats
 from fastalign.streams.base import MicroBatch, Stream, gather_over_ranks, rank_and_world_size
 from fastalign.training.checkpoint import PLACES, RECORD, STATE, rotate, staged, write_text
 from fastalign.training.failures import Moment, out_of_memory, stop_not_finite, stop_ruined_adapter
@@ -242,6 +243,16 @@ class AlignTrainer(Trainer):
         with warnings.catch_warnings():  # peft may not ask the hub whether the vocabulary has grown: it has not
             warnings.filterwarnings("ignore", message="Could not find a config file")
             super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        model: Any = self.model
+        with same_formats(model):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        model: Any = self.model
+        with same_formats(model):
+            super()._load_best_model()
 
     def _load_callback_state(self) -> None:
         super()._load_callback_state()  # puts new objects in the place of the callbacks
