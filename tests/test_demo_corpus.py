@@ -31,14 +31,14 @@ from fastalign.data.templates import TaskReader, bio_spans
 
 ROOT = Path(__file__).resolve().parents[1]
 INTENTS = {"set_alarm", "get_weather", "play_music", "turn_on_device", "send_message", "add_to_list"}
-MOST = {"train": 15960, "test": 150, "parallel": 5270}
+MOST = {"train": 632, "test": 150, "parallel": 648, "plain": 11844}
 Row = dict[str, Any]
 
 
 @cache
 def all_rows(split: Literal["train", "test"]) -> list[Row]:
-    """Every row of a split, in every language that has labels there."""
-    return task_rows(split, ["en"] if split == "train" else LANGUAGES, MOST[split], seed=0)
+    """Every row of a split, in every language."""
+    return task_rows(split, LANGUAGES, MOST[split], seed=0)
 
 
 @cache
@@ -48,7 +48,7 @@ def all_pairs() -> list[dict[str, str]]:
 
 @cache
 def all_plain(language: str) -> list[str]:
-    return plain_text(language, 11844, seed=0)  # of the five languages: all
+    return plain_text(language, MOST["plain"], seed=0)
 
 
 def shape(row: Row) -> str:
@@ -91,8 +91,8 @@ def test_draws_are_the_same_in_every_process():
 
 
 def test_a_draw_depends_on_its_seed_and_not_on_the_languages():
-    assert task_rows("test", ["en"], 50, 0) == [
-        row for row in task_rows("test", ["de", "en"], 50, 0) if row["lang"] == "en"
+    assert task_rows("train", ["en"], 50, 0) == [
+        row for row in task_rows("train", ["de", "en"], 50, 0) if row["lang"] == "en"
     ]
     assert task_rows("train", ["en"], 50, 0) != task_rows("train", ["en"], 50, 1)
     assert parallel_rows(50, 0) != parallel_rows(50, 1)
@@ -101,16 +101,16 @@ def test_a_draw_depends_on_its_seed_and_not_on_the_languages():
 
 def test_plain_texts_are_not_parallel():
     """Most sentences of one language have no translation among those of another."""
-    translation = {meaning.text("de"): meaning.text("es") for meaning in meanings("de", "align", "test")}
-    german, spanish = plain_text("de", 2000, 0), set(plain_text("es", 2000, 0))
-    assert sum(translation[sentence] in spanish for sentence in german) < 500  # 2000 * 2000 / 11844 by chance
-    assert sum(translation[a] == b for a, b in zip(german, plain_text("es", 2000, 0), strict=True)) < 20
+    translation = {meaning.text("en"): meaning.text("de") for meaning in meanings("task", "align", "test")}
+    english, german = plain_text("en", 2000, 0), set(plain_text("de", 2000, 0))
+    assert sum(translation[sentence] in german for sentence in english) < 500  # 2000 * 2000 / 11844 by chance
+    assert sum(translation[a] == b for a, b in zip(english, plain_text("de", 2000, 0), strict=True)) < 20
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_tags_are_bio_and_the_spans_are_the_values(split: Literal["train", "test"]):
     known = {
-        (language, value.kind, " ".join(words)) for value in phrases("values") for language, words in value.words.items()
+        (language, value.kind, " ".join(value.words[language])) for value in phrases("values") for language in LANGUAGES
     }
     for row in all_rows(split):
         assert len(row["tokens"]) == len(row["slots"])
@@ -124,7 +124,7 @@ def test_tags_are_bio_and_the_spans_are_the_values(split: Literal["train", "test
 
 
 def test_an_example_is_labelled_as_by_hand():
-    meaning = next(m for m in meanings("tr", "align") if m.text("en") == "wake me up at seven thirty on monday")
+    meaning = next(m for m in meanings("task") if m.text("en") == "wake me up at seven thirty on monday")
     assert list(zip(meaning.tokens("tr"), meaning.tags("tr"), strict=True)) == [
         ("pazartesi", "B-day"),
         ("günü", "I-day"),
@@ -135,14 +135,11 @@ def test_an_example_is_labelled_as_by_hand():
     ]
 
 
-def test_rows_of_an_id_are_translations():
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_rows_of_an_id_are_translations(split: Literal["train", "test"]):
     """The same intent and slot types, and value by value the translation that the table has."""
-    translations = {
-        tuple(" ".join(value.words[language]) for language in LANGUAGES)
-        for value in phrases("values")
-        if value.partition == "test"
-    }
-    for rows in by_id(all_rows("test")).values():
+    translations = {tuple(" ".join(value.words[language]) for language in LANGUAGES) for value in phrases("values")}
+    for rows in by_id(all_rows(split)).values():
         assert set(rows) == set(LANGUAGES)
         assert len({row["intent"] for row in rows.values()}) == 1
         assert len({tuple(sorted(kind for kind, _, _ in bio_spans(r["slots"]))) for r in rows.values()}) == 1
@@ -157,8 +154,8 @@ def test_rows_of_an_id_are_translations():
 def test_patterns_of_an_intent_have_the_same_slots_in_every_language():
     slots: dict[str, set[tuple[str, ...]]] = defaultdict(set)
     for pattern in phrases("patterns"):
-        for words in pattern.words.values():
-            slots[pattern.kind].add(tuple(sorted(filter(None, map(slot_name, words)))))
+        for language in LANGUAGES:
+            slots[pattern.kind].add(tuple(sorted(filter(None, map(slot_name, pattern.words[language])))))
     assert set(slots) == INTENTS
     assert all(len(found) == 1 for found in slots.values()), slots
 
@@ -166,21 +163,20 @@ def test_patterns_of_an_intent_have_the_same_slots_in_every_language():
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_partitions_share_no_pattern_and_no_value(language: str):
     """Read off the rows; the sentences of the pairs are recognised among all that could be made."""
+    train, test = all_rows("train"), all_rows("test")
     labelled = {
         m.text(language): {"lang": language, "tokens": m.tokens(language), "slots": m.tags(language)}
-        for m in meanings(language, "align")
+        for m in meanings("task", "align", "test")
     }
-    parts = [[labelled[row[language]] for row in all_pairs()], all_rows("test")]
-    if language == "en":
-        parts.append(all_rows("train"))
-    shapes = [{shape(row) for row in rows if row["lang"] == language} for rows in parts]
-    assert [len(found) for found in shapes] == [30, 6, 60][: len(parts)]
-    assert len(set.union(*shapes)) == sum(map(len, shapes))
-    found = [values(rows, language) for rows in parts]
-    for known, least in zip(found, (13, 5, 14), strict=False):
-        assert min(Counter(kind for kind, _ in known).values()) >= least
-    assert len(set.union(*found)) == sum(map(len, found))
-    assert sum(map(len, found)) == sum(language in value.words for value in phrases("values"))
+    align = [labelled[row[language]] for row in all_pairs()]
+    shapes = [{shape(row) for row in rows if row["lang"] == language} for rows in (train, align, test)]
+    assert [len(found) for found in shapes] == [12, 18, 6]
+    assert len(set.union(*shapes)) == 36
+    parts = [values(rows, language) for rows in (train, align, test)]
+    assert min(Counter(kind for kind, _ in parts[0]).values()) >= 7
+    assert min(Counter(kind for kind, _ in parts[1]).values()) >= 6
+    assert min(Counter(kind for kind, _ in parts[2]).values()) >= 5
+    assert len(set.union(*parts)) == sum(map(len, parts)) == len(phrases("values"))
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -195,7 +191,7 @@ def test_no_test_sentence_is_anywhere_else(language: str):
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_plain_text_shows_the_words_of_all_sets(language: str):
     """Also those of the test set: a word that the model never read could not be learnt from anything."""
-    read = {word for sentence in plain_text(language, 4000, 0) for word in sentence.split()}
+    read = {word for sentence in plain_text(language, 2000, 0) for word in sentence.split()}
     for rows in (all_rows("train"), all_rows("test")):
         assert read >= {word for row in rows if row["lang"] == language for word in row["tokens"]}
 
@@ -226,7 +222,7 @@ def test_sentences_are_plain_words_in_the_script_of_the_language(language: str):
 @pytest.mark.parametrize(("split", "n"), [("train", 400), ("test", 100)])
 def test_every_intent_and_slot_type_is_in_each_split(split: Literal["train", "test"], n: int):
     types = {value.kind for value in phrases("values")}
-    for language in LANGUAGES if split == "test" else ["en"]:
+    for language in LANGUAGES:
         rows = task_rows(split, [language], n, seed=0)
         assert {row["intent"] for row in rows} == INTENTS
         assert {kind for kind, _ in values(rows, language)} == types
@@ -241,20 +237,18 @@ def test_sizes():
 
 
 def test_too_many_and_unknown_are_refused():
-    with pytest.raises(ValueError, match="at most 15960 "):
-        task_rows("train", ["en"], 15961, 0)
+    with pytest.raises(ValueError, match="at most 632 "):
+        task_rows("train", ["en"], 633, 0)
     with pytest.raises(ValueError, match="at most 150 "):
         task_rows("test", ["en", "de"], 151, 0)
-    with pytest.raises(ValueError, match="at most 5270 "):
-        parallel_rows(5271, 0)
+    with pytest.raises(ValueError, match="at most 648 "):
+        parallel_rows(649, 0)
     with pytest.raises(ValueError, match="at most 11844 "):
         plain_text("es", 11845, 0)
     with pytest.raises(ValueError, match="not -1"):
         parallel_rows(-1, 0)
     with pytest.raises(ValueError, match="'fr'"):
         plain_text("fr", 1, 0)
-    with pytest.raises(ValueError, match="English only, not in 'de'"):
-        task_rows("train", ["en", "de"], 1, 0)
     with pytest.raises(ValueError, match="'dev'"):
         task_rows("dev", ["en"], 1, 0)  # pyright: ignore[reportArgumentType]
 

@@ -1,9 +1,9 @@
 """The corpus of ``make demo``: commands to a voice assistant, with slots, in six languages.
 
-Every sentence pattern and slot value is in one of three disjoint sets: ``task`` (labelled, of English alone),
-``align`` (translations to align on) and ``test`` (labelled rows of every language). So the pattern and the values of a
-test row are read neither with labels nor with a translation, only in the plain text of their language. That mixes
-patterns and values of the sets, but never test values alone in a test pattern.
+Every sentence pattern and slot value is in one of three disjoint sets: ``task`` (labelled English to train
+on), ``align`` (translations to align on) and ``test`` (labelled rows of every language). So the pattern and
+the values of a test row are read neither with labels nor with a translation, only in the plain text of their
+language. That mixes patterns and values of all sets, but never test values alone in a test pattern.
 
 Everything is a pure function of its arguments. The only source of chance is `random.Random.random`, the one
 method whose numbers Python promises to keep.
@@ -20,8 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from fastalign.data import demo_english, demo_phrases
-from fastalign.data.demo_phrases import LANGUAGES
+from fastalign.data.demo_phrases import LANGUAGES, PARTITIONS, PATTERNS, VALUES
 from fastalign.errors import DataError
 
 __all__ = ["LANGUAGES", "parallel_rows", "plain_text", "task_rows", "write"]
@@ -31,7 +30,7 @@ T = TypeVar("T")
 
 
 class Phrase(NamedTuple):
-    """A pattern or a slot value: the intent or slot type it belongs to, its set, its words in each of its languages."""
+    """A pattern or a slot value: the intent or slot type it belongs to, its set, its words per language."""
 
     kind: str
     partition: str
@@ -77,15 +76,13 @@ def task_rows(split: Literal["train", "test"], languages: Sequence[str], n: int,
     Which meanings are drawn, and their ids, do not depend on `languages`.
 
     Raises:
-        DataError: an unknown split or language, a language without training rows, or more rows than there are.
+        DataError: an unknown split or language, or more rows than there are.
     """
     if split not in ("train", "test"):
         raise DataError(f"the demo corpus has the splits train and test, not {split!r}")
     for language in languages:
         _check(language)
-        if split == "train" and language != "en":
-            raise DataError(f"the demo corpus has labels to train on in English only, not in {language!r}")
-    pool = meanings("en", "task" if split == "train" else "test")
+    pool = meanings("task" if split == "train" else "test")
     return [
         {
             "id": f"{split}-{number:04d}",
@@ -107,7 +104,7 @@ def parallel_rows(n: int, seed: int) -> list[dict[str, str]]:
     """
     return [
         {"_id": f"align-{number:04d}", **{language: meaning.text(language) for language in LANGUAGES}}
-        for number, meaning in _draw(meanings("en", "align"), n, f"{seed} align", "parallel rows")
+        for number, meaning in _draw(meanings("align"), n, f"{seed} align", "parallel rows")
     ]
 
 
@@ -118,7 +115,7 @@ def plain_text(language: str, n: int, seed: int) -> list[str]:
         DataError: an unknown language, or more sentences than there are.
     """
     _check(language)
-    pool = [m for m in meanings(language, "task", "align", "test") if m.partitions != {"test"}]
+    pool = [meaning for meaning in meanings(*PARTITIONS) if meaning.partitions != {"test"}]
     drawn = _draw(pool, n, f"{seed} plain {language}", "plain sentences per language")
     return [meaning.text(language) for _, meaning in drawn]
 
@@ -166,35 +163,30 @@ def slot_name(word: str) -> str | None:
 
 @cache
 def phrases(table: Literal["patterns", "values"]) -> tuple[Phrase, ...]:
-    """All records of one of the two tables, in their order; those of the task have English words alone."""
-    blocks, labelled = {
-        "patterns": (demo_phrases.PATTERNS, demo_english.PATTERNS),
-        "values": (demo_phrases.VALUES, demo_english.VALUES),
-    }[table]
+    """All records of one of the two tables, in its order."""
+    blocks = PATTERNS if table == "patterns" else VALUES
     found: list[Phrase] = []
     for kind, block in blocks.items():
         for record in re.sub(r"\n\s*\|", " |", block).strip().splitlines():
             partition, _, forms = record.partition(": ")
             words = [tuple(form.split()) for form in forms.split("|")]
-            assert partition in ("align", "test") and len(words) == len(LANGUAGES) and all(words), record
+            assert partition in PARTITIONS and len(words) == len(LANGUAGES) and all(words), record
             found.append(Phrase(kind, partition, dict(zip(LANGUAGES, words, strict=True))))
-        separator = "\n" if table == "patterns" else "|"
-        found += [Phrase(kind, "task", {"en": tuple(form.split())}) for form in labelled[kind].strip().split(separator)]
     return tuple(found)
 
 
 @cache
-def meanings(language: str, *partitions: str) -> tuple[Meaning, ...]:
-    """Every pattern with every combination of values, all from the named sets, that a language has words for."""
+def meanings(*partitions: str) -> tuple[Meaning, ...]:
+    """Every pattern with every combination of values, all from the named sets, in the order of the tables."""
     found: list[Meaning] = []
-    known = {
-        table: [phrase for phrase in phrases(table) if phrase.partition in partitions and language in phrase.words]
-        for table in ("patterns", "values")
-    }
-    for pattern in known["patterns"]:
-        slots = [slot for slot in map(slot_name, pattern.words["en"]) if slot is not None]
-        choices = [[value for value in known["values"] if value.kind == slot] for slot in slots]
-        found += [Meaning(pattern, dict(zip(slots, values, strict=True))) for values in product(*choices)]
+    for pattern in phrases("patterns"):
+        if pattern.partition in partitions:
+            slots = [slot for slot in map(slot_name, pattern.words["en"]) if slot is not None]
+            choices = [
+                [value for value in phrases("values") if value.kind == slot and value.partition in partitions]
+                for slot in slots
+            ]
+            found += [Meaning(pattern, dict(zip(slots, values, strict=True))) for values in product(*choices)]
     return tuple(found)
 
 

@@ -1,22 +1,22 @@
 """Sentence patterns and slot values of the demo corpus, in six languages. `demo_corpus` reads them.
 
-A record is ``partition: English | German | Spanish | Turkish | Russian | Hindi``, with the partition ``align`` or
-``test``; a line that starts with ``|`` continues the one before. A pattern is a sentence with ``{slots}``, the same
-ones in all patterns of an intent. A value is stored in the one form that every pattern needs, so that nothing has to be
-inflected: cities, people and devices carry their case, and days, rooms and occasions their preposition. Nothing depends
-on the gender of the speaker. Turkish suffixes follow names without an apostrophe. What the task is learnt from is in
-`demo_english`.
+A record is ``partition: English | German | Spanish | Turkish | Russian | Hindi``; a line that starts with
+``|`` continues the one before. A pattern is a sentence with ``{slots}``, the same ones in all patterns of an
+intent. A value is stored in the one form that every pattern needs, so that nothing has to be inflected:
+cities, people and devices carry their case, and days, rooms and occasions their preposition. Nothing depends
+on the gender of the speaker. Turkish suffixes follow names without an apostrophe.
 """
 
 from __future__ import annotations
 
 LANGUAGES: tuple[str, ...] = ("en", "de", "es", "tr", "ru", "hi")
+PARTITIONS: tuple[str, ...] = ("task", "align", "test")
 
 PATTERNS: dict[str, str] = {
     "set_alarm": """
-align: wake me up at {time} {day} | weck mich {day} um {time} | despiértame {day} a las {time}
+task: wake me up at {time} {day} | weck mich {day} um {time} | despiértame {day} a las {time}
     | {day} {time} beni uyandır | разбуди меня {day} в {time} | मुझे {day} {time} जगा दो
-align: {day} i need an alarm at {time} | {day} brauche ich einen wecker um {time}
+task: {day} i need an alarm at {time} | {day} brauche ich einen wecker um {time}
     | {day} necesito una alarma a las {time} | {day} {time} çalacak bir alarma ihtiyacım var
     | {day} мне нужен будильник на {time} | {day} मुझे {time} का अलार्म चाहिए
 align: set an alarm for {time} {day} | stell den wecker {day} auf {time}
@@ -33,10 +33,10 @@ test: please get me out of bed {day} at {time} | hol mich bitte {day} um {time} 
     | пожалуйста подними меня с постели {day} в {time} | कृपया मुझे {day} {time} बिस्तर से उठा दो
 """,
     "get_weather": """
-align: what will the weather be like in {city} {day} | wie wird das wetter {day} in {city}
+task: what will the weather be like in {city} {day} | wie wird das wetter {day} in {city}
     | qué tiempo hará {day} en {city} | {day} {city} hava nasıl olacak
     | какая погода будет {day} в {city} | {day} {city} में मौसम कैसा रहेगा
-align: will i need an umbrella {day} in {city} | brauche ich {day} in {city} einen regenschirm
+task: will i need an umbrella {day} in {city} | brauche ich {day} in {city} einen regenschirm
     | necesitaré un paraguas {day} en {city} | {day} {city} şemsiyeye ihtiyacım olacak mı
     | понадобится ли мне {day} зонт в {city} | क्या मुझे {day} {city} में छाते की ज़रूरत होगी
 align: will it rain in {city} {day} | regnet es {day} in {city} | va a llover {day} en {city}
@@ -53,10 +53,10 @@ test: i want to know how cold it will be {day} in {city} | ich will wissen wie k
     | хочу знать насколько холодно будет {day} в {city} | मुझे जानना है कि {day} {city} में कितनी ठंड होगी
 """,
     "play_music": """
-align: play songs by {artist} {occasion} | spiel lieder von {artist} {occasion}
+task: play songs by {artist} {occasion} | spiel lieder von {artist} {occasion}
     | pon canciones de {artist} {occasion} | {occasion} {artist} şarkıları çal
     | включи песни {artist} {occasion} | {occasion} {artist} के गाने बजाओ
-align: {occasion} i need some music by {artist} | {occasion} brauche ich etwas musik von {artist}
+task: {occasion} i need some music by {artist} | {occasion} brauche ich etwas musik von {artist}
     | {occasion} necesito música de {artist} | {occasion} biraz {artist} müziğine ihtiyacım var
     | {occasion} мне нужна музыка {artist} | {occasion} मुझे {artist} का संगीत चाहिए
 align: make a playlist of songs by {artist} {occasion}
@@ -75,9 +75,9 @@ test: please play a few tracks by {artist} {occasion} | spiel bitte {occasion} e
     | пожалуйста включи {occasion} несколько композиций {artist} | कृपया {occasion} {artist} की कुछ धुनें बजाओ
 """,
     "turn_on_device": """
-align: turn on {device} {room} | schalte {device} {room} ein | enciende {device} {room}
+task: turn on {device} {room} | schalte {device} {room} ein | enciende {device} {room}
     | {room} {device} aç | включи {device} {room} | {room} {device} चालू करो
-align: {room} please switch on {device} | mach bitte {device} {room} an | por favor activa {device} {room}
+task: {room} please switch on {device} | mach bitte {device} {room} an | por favor activa {device} {room}
     | lütfen {room} {device} açar mısın | пожалуйста включи {room} {device} | कृपया {room} {device} ऑन करो
 align: could you switch on {device} {room} | kannst du {device} {room} einschalten
     | puedes encender {device} {room} | {room} {device} açabilir misin
@@ -93,10 +93,10 @@ test: if possible turn on {device} {room} | schalte wenn möglich {device} {room
     | если можно включи {device} {room} | हो सके तो {room} {device} चालू कर दो
 """,
     "send_message": """
-align: send {person} a message that {message} | schick {person} eine nachricht dass {message}
+task: send {person} a message that {message} | schick {person} eine nachricht dass {message}
     | envía un mensaje a {person} diciendo que {message} | {person} {message} diye mesaj at
     | отправь {person} сообщение что {message} | {person} को मैसेज भेजो कि {message}
-align: say that {message} in a message to {person} | teil {person} in einer nachricht mit dass {message}
+task: say that {message} in a message to {person} | teil {person} in einer nachricht mit dass {message}
     | dile a {person} en un mensaje que {message} | {person} bir mesaj gönder ve {message} de
     | напиши в сообщении {person} что {message} | एक मैसेज में {person} को बताओ कि {message}
 align: tell {person} that {message} | sag {person} dass {message} | dile a {person} que {message}
@@ -114,9 +114,9 @@ test: please send {person} a short text that {message}
     | कृपया {person} को एक छोटा मैसेज भेज दो कि {message}
 """,
     "add_to_list": """
-align: add {item} to {list} | setz {item} auf {list} | añade {item} a {list}
+task: add {item} to {list} | setz {item} auf {list} | añade {item} a {list}
     | {list} {item} ekle | добавь {item} в {list} | {list} में {item} जोड़ो
-align: on {list} please write {item} | schreib bitte {item} auf {list} | por favor apunta {item} en {list}
+task: on {list} please write {item} | schreib bitte {item} auf {list} | por favor apunta {item} en {list}
     | lütfen {list} {item} yaz | пожалуйста запиши в {list} {item} | कृपया {list} में {item} लिखो
 align: put {item} on {list} | pack {item} auf {list} | pon {item} en {list}
     | {list} {item} koy | внеси {item} в {list} | {list} में {item} डालो
@@ -131,14 +131,14 @@ test: we want to add {item} to {list} | wir wollen {item} auf {list} setzen | qu
 
 VALUES: dict[str, str] = {
     "time": """
-align: six in the morning | sechs uhr morgens | seis de la mañana | sabah altıda | шесть утра | सुबह छह बजे
-align: seven thirty | sieben uhr dreißig | siete y media | yedi buçukta | семь тридцать | साढ़े सात बजे
-align: eight in the evening | acht uhr abends | ocho de la tarde | akşam sekizde | восемь вечера | शाम आठ बजे
-align: twelve noon | zwölf uhr mittags | doce del mediodía | öğlen on ikide | двенадцать дня | दोपहर बारह बजे
-align: nine fifteen | neun uhr fünfzehn | nueve y cuarto | dokuzu çeyrek geçe | девять пятнадцать | सवा नौ बजे
-align: five in the morning | fünf uhr morgens | cinco de la mañana | sabah beşte | пять утра | सुबह पाँच बजे
-align: four thirty | vier uhr dreißig | cuatro y media | dört buçukta | четыре тридцать | साढ़े चार बजे
-align: three in the afternoon | drei uhr nachmittags | tres de la tarde
+task: six in the morning | sechs uhr morgens | seis de la mañana | sabah altıda | шесть утра | सुबह छह बजे
+task: seven thirty | sieben uhr dreißig | siete y media | yedi buçukta | семь тридцать | साढ़े सात बजे
+task: eight in the evening | acht uhr abends | ocho de la tarde | akşam sekizde | восемь вечера | शाम आठ बजे
+task: twelve noon | zwölf uhr mittags | doce del mediodía | öğlen on ikide | двенадцать дня | दोपहर बारह बजे
+task: nine fifteen | neun uhr fünfzehn | nueve y cuarto | dokuzu çeyrek geçe | девять пятнадцать | सवा नौ बजे
+task: five in the morning | fünf uhr morgens | cinco de la mañana | sabah beşte | пять утра | सुबह पाँच बजे
+task: four thirty | vier uhr dreißig | cuatro y media | dört buçukta | четыре тридцать | साढ़े चार बजे
+task: three in the afternoon | drei uhr nachmittags | tres de la tarde
     | öğleden sonra üçte | три часа дня | दोपहर तीन बजे
 align: seven in the morning | sieben uhr morgens | siete de la mañana | sabah yedide | семь утра | सुबह सात बजे
 align: eight thirty | acht uhr dreißig | ocho y media | sekiz buçukta | восемь тридцать | साढ़े आठ बजे
@@ -155,15 +155,15 @@ test: five in the afternoon | fünf uhr nachmittags | cinco de la tarde
     | öğleden sonra beşte | пять часов вечера | शाम पाँच बजे
 """,
     "day": """
-align: tomorrow | morgen | mañana | yarın | завтра | कल
-align: on monday | am montag | el lunes | pazartesi günü | в понедельник | सोमवार को
-align: on thursday | am donnerstag | el jueves | perşembe günü | в четверг | गुरुवार को
-align: in three days | in drei tagen | dentro de tres días | üç gün sonra | через три дня | तीन दिन बाद
-align: on the first of may | am ersten mai | el primero de mayo | bir mayıs günü | первого мая | एक मई को
-align: on the tenth of june | am zehnten juni | el diez de junio | on haziran günü | десятого июня | दस जून को
-align: next saturday | nächsten samstag | el próximo sábado
+task: tomorrow | morgen | mañana | yarın | завтра | कल
+task: on monday | am montag | el lunes | pazartesi günü | в понедельник | सोमवार को
+task: on thursday | am donnerstag | el jueves | perşembe günü | в четверг | गुरुवार को
+task: in three days | in drei tagen | dentro de tres días | üç gün sonra | через три дня | तीन दिन बाद
+task: on the first of may | am ersten mai | el primero de mayo | bir mayıs günü | первого мая | एक मई को
+task: on the tenth of june | am zehnten juni | el diez de junio | on haziran günü | десятого июня | दस जून को
+task: next saturday | nächsten samstag | el próximo sábado
     | gelecek cumartesi | в следующую субботу | अगले शनिवार को
-align: on christmas day | an weihnachten | el día de navidad | noel günü | на рождество | क्रिसमस के दिन
+task: on christmas day | an weihnachten | el día de navidad | noel günü | на рождество | क्रिसमस के दिन
 align: the day after tomorrow | übermorgen | pasado mañana | öbür gün | послезавтра | परसों
 align: on tuesday | am dienstag | el martes | salı günü | во вторник | मंगलवार को
 align: on friday | am freitag | el viernes | cuma günü | в пятницу | शुक्रवार को
@@ -180,13 +180,13 @@ test: next tuesday | nächsten dienstag | el próximo martes
     | gelecek salı | в следующий вторник | अगले मंगलवार को
 """,
     "city": """
-align: london | london | londres | londrada | лондоне | लंदन
-align: madrid | madrid | madrid | madridde | мадриде | मैड्रिड
-align: moscow | moskau | moscú | moskovada | москве | मॉस्को
-align: new delhi | neu delhi | nueva delhi | yeni delhide | нью дели | नई दिल्ली
-align: ankara | ankara | ankara | ankarada | анкаре | अंकारा
-align: munich | münchen | múnich | münihte | мюнхене | म्यूनिख
-align: tokyo | tokio | tokio | tokyoda | токио | टोक्यो
+task: london | london | londres | londrada | лондоне | लंदन
+task: madrid | madrid | madrid | madridde | мадриде | मैड्रिड
+task: moscow | moskau | moscú | moskovada | москве | मॉस्को
+task: new delhi | neu delhi | nueva delhi | yeni delhide | нью дели | नई दिल्ली
+task: ankara | ankara | ankara | ankarada | анкаре | अंकारा
+task: munich | münchen | múnich | münihte | мюнхене | म्यूनिख
+task: tokyo | tokio | tokio | tokyoda | токио | टोक्यो
 align: paris | paris | parís | pariste | париже | पेरिस
 align: vienna | wien | viena | viyanada | вене | वियना
 align: istanbul | istanbul | estambul | istanbulda | стамбуле | इस्तांबुल
@@ -200,13 +200,13 @@ test: seville | sevilla | sevilla | sevillada | севилье | सेविल
 test: mexico city | mexiko stadt | ciudad de méxico | meksiko şehrinde | мехико | मेक्सिको सिटी
 """,
     "artist": """
-align: bob marley | bob marley | bob marley | bob marley | боба марли | बॉब मार्ले
-align: edith piaf | edith piaf | edith piaf | edith piaf | эдит пиаф | एडिथ पियाफ़
-align: michael jackson | michael jackson | michael jackson | michael jackson | майкла джексона | माइकल जैक्सन
-align: lata mangeshkar | lata mangeshkar | lata mangeshkar | lata mangeshkar | латы мангешкар | लता मंगेशकर
-align: julio iglesias | julio iglesias | julio iglesias | julio iglesias | хулио иглесиаса | हूलियो इग्लेसियस
-align: madonna | madonna | madonna | madonna | мадонны | मैडोना
-align: elvis presley | elvis presley | elvis presley | elvis presley | элвиса пресли | एल्विस प्रेस्ली
+task: bob marley | bob marley | bob marley | bob marley | боба марли | बॉब मार्ले
+task: edith piaf | edith piaf | edith piaf | edith piaf | эдит пиаф | एडिथ पियाफ़
+task: michael jackson | michael jackson | michael jackson | michael jackson | майкла джексона | माइकल जैक्सन
+task: lata mangeshkar | lata mangeshkar | lata mangeshkar | lata mangeshkar | латы мангешкар | लता मंगेशकर
+task: julio iglesias | julio iglesias | julio iglesias | julio iglesias | хулио иглесиаса | हूलियो इग्लेसियस
+task: madonna | madonna | madonna | madonna | мадонны | मैडोना
+task: elvis presley | elvis presley | elvis presley | elvis presley | элвиса пресли | एल्विस प्रेस्ली
 align: nina simone | nina simone | nina simone | nina simone | нины симон | नीना सिमोन
 align: frank sinatra | frank sinatra | frank sinatra | frank sinatra | фрэнка синатры | फ़्रैंक सिनात्रा
 align: tina turner | tina turner | tina turner | tina turner | тины тёрнер | टीना टर्नर
@@ -220,13 +220,13 @@ test: ray charles | ray charles | ray charles | ray charles | рэя чарль�
 test: mercedes sosa | mercedes sosa | mercedes sosa | mercedes sosa | мерседес сосы | मर्सिडीज़ सोसा
 """,
     "occasion": """
-align: for dinner | zum abendessen | para la cena | akşam yemeği için | к ужину | रात के खाने के लिए
-align: for the party | für die party | para la fiesta | parti için | для вечеринки | पार्टी के लिए
-align: for yoga | fürs yoga | para el yoga | yoga için | для йоги | योग के लिए
-align: for studying | zum lernen | para estudiar | ders çalışmak için | для учёбы | पढ़ाई के लिए
-align: for cleaning | zum putzen | para limpiar | temizlik için | для уборки | सफ़ाई के लिए
-align: for dancing | zum tanzen | para bailar | dans etmek için | для танцев | नाचने के लिए
-align: for my guests | für meine gäste | para mis invitados
+task: for dinner | zum abendessen | para la cena | akşam yemeği için | к ужину | रात के खाने के लिए
+task: for the party | für die party | para la fiesta | parti için | для вечеринки | पार्टी के लिए
+task: for yoga | fürs yoga | para el yoga | yoga için | для йоги | योग के लिए
+task: for studying | zum lernen | para estudiar | ders çalışmak için | для учёбы | पढ़ाई के लिए
+task: for cleaning | zum putzen | para limpiar | temizlik için | для уборки | सफ़ाई के लिए
+task: for dancing | zum tanzen | para bailar | dans etmek için | для танцев | नाचने के लिए
+task: for my guests | für meine gäste | para mis invitados
     | misafirlerim için | для моих гостей | मेरे मेहमानों के लिए
 align: for breakfast | zum frühstück | para el desayuno | kahvaltı için | к завтраку | नाश्ते के लिए
 align: for cooking | zum kochen | para cocinar | yemek yapmak için | для готовки | खाना बनाने के लिए
@@ -242,13 +242,13 @@ test: for my friends | für meine freunde | para mis amigos
 test: for running | zum joggen | para correr | koşu için | для пробежки | दौड़ने के लिए
 """,
     "device": """
-align: the lamp | die lampe | la lámpara | lambayı | лампу | लैंप
-align: the fan | den ventilator | el ventilador | vantilatörü | вентилятор | पंखा
-align: the television | den fernseher | el televisor | televizyonu | телевизор | टीवी
-align: the heater | den heizlüfter | el calefactor | ısıtıcıyı | обогреватель | हीटर
-align: the air conditioner | die klimaanlage | el aire acondicionado | klimayı | кондиционер | एसी
-align: the radio | das radio | la radio | radyoyu | радио | रेडियो
-align: the night light | das nachtlicht | la luz de noche | gece lambasını | ночник | नाइट लाइट
+task: the lamp | die lampe | la lámpara | lambayı | лампу | लैंप
+task: the fan | den ventilator | el ventilador | vantilatörü | вентилятор | पंखा
+task: the television | den fernseher | el televisor | televizyonu | телевизор | टीवी
+task: the heater | den heizlüfter | el calefactor | ısıtıcıyı | обогреватель | हीटर
+task: the air conditioner | die klimaanlage | el aire acondicionado | klimayı | кондиционер | एसी
+task: the radio | das radio | la radio | radyoyu | радио | रेडियो
+task: the night light | das nachtlicht | la luz de noche | gece lambasını | ночник | नाइट लाइट
 align: the light | das licht | la luz | ışığı | свет | बत्ती
 align: the speaker | den lautsprecher | el altavoz | hoparlörü | колонку | स्पीकर
 align: the humidifier | den luftbefeuchter | el humidificador | nemlendiriciyi | увлажнитель | ह्यूमिडिफ़ायर
@@ -264,13 +264,13 @@ test: the table lamp | die tischlampe | la lámpara de mesa | masa lambasını |
 test: the stereo | die stereoanlage | el equipo de música | müzik setini | стереосистему | म्यूज़िक सिस्टम
 """,
     "room": """
-align: in the kitchen | in der küche | de la cocina | mutfaktaki | на кухне | रसोई में
-align: in the bedroom | im schlafzimmer | del dormitorio | yatak odasındaki | в спальне | बेडरूम में
-align: in the living room | im wohnzimmer | del salón | salondaki | в гостиной | बैठक में
-align: in the bathroom | im badezimmer | del baño | banyodaki | в ванной | बाथरूम में
-align: in the hallway | im flur | del pasillo | koridordaki | в коридоре | गलियारे में
-align: in the basement | im keller | del sótano | bodrumdaki | в подвале | तहखाने में
-align: in my room | in meinem zimmer | de mi habitación | odamdaki | в моей комнате | मेरे कमरे में
+task: in the kitchen | in der küche | de la cocina | mutfaktaki | на кухне | रसोई में
+task: in the bedroom | im schlafzimmer | del dormitorio | yatak odasındaki | в спальне | बेडरूम में
+task: in the living room | im wohnzimmer | del salón | salondaki | в гостиной | बैठक में
+task: in the bathroom | im badezimmer | del baño | banyodaki | в ванной | बाथरूम में
+task: in the hallway | im flur | del pasillo | koridordaki | в коридоре | गलियारे में
+task: in the basement | im keller | del sótano | bodrumdaki | в подвале | तहखाने में
+task: in my room | in meinem zimmer | de mi habitación | odamdaki | в моей комнате | मेरे कमरे में
 align: in the office | im büro | de la oficina | ofisteki | в офисе | दफ़्तर में
 align: in the dining room | im esszimmer | del comedor | yemek odasındaki | в столовой | भोजन कक्ष में
 align: in the attic | auf dem dachboden | del desván | tavan arasındaki | на чердаке | अटारी में
@@ -287,13 +287,13 @@ test: on the top floor | im obersten stock | de la última planta
     | en üst kattaki | на верхнем этаже | ऊपरी मंज़िल पर
 """,
     "person": """
-align: my mother | meiner mutter | mi madre | anneme | моей маме | मेरी माँ
-align: my boss | meinem chef | mi jefe | patronuma | моему начальнику | मेरे बॉस
-align: my sister | meiner schwester | mi hermana | kız kardeşime | моей сестре | मेरी बहन
-align: my neighbor | meinem nachbarn | mi vecino | komşuma | моему соседу | मेरे पड़ोसी
-align: anna | anna | anna | annaya | анне | अन्ना
-align: thomas | thomas | thomas | thomasa | томасу | थॉमस
-align: maria | maria | maría | mariaya | марии | मारिया
+task: my mother | meiner mutter | mi madre | anneme | моей маме | मेरी माँ
+task: my boss | meinem chef | mi jefe | patronuma | моему начальнику | मेरे बॉस
+task: my sister | meiner schwester | mi hermana | kız kardeşime | моей сестре | मेरी बहन
+task: my neighbor | meinem nachbarn | mi vecino | komşuma | моему соседу | मेरे पड़ोसी
+task: anna | anna | anna | annaya | анне | अन्ना
+task: thomas | thomas | thomas | thomasa | томасу | थॉमस
+task: maria | maria | maría | mariaya | марии | मारिया
 align: my father | meinem vater | mi padre | babama | моему папе | मेरे पिताजी
 align: my brother | meinem bruder | mi hermano | erkek kardeşime | моему брату | मेरे भाई
 align: my teacher | meiner lehrerin | mi profesora | öğretmenime | моей учительнице | मेरी शिक्षिका
@@ -308,16 +308,16 @@ test: viktor | viktor | viktor | viktora | виктору | विक्टर
 test: laura | laura | laura | lauraya | лауре | लौरा
 """,
     "message": """
-align: i will be late | ich mich verspäte | voy a llegar tarde | geç kalacağım | я опоздаю | मुझे देर हो जाएगी
-align: dinner is ready | das essen fertig ist | la cena está lista | yemek hazır | ужин готов | खाना तैयार है
-align: i am at home | ich zu hause bin | estoy en casa | evdeyim | я дома | मैं घर पर हूँ
-align: the meeting is over | die besprechung vorbei ist | la reunión ha terminado
+task: i will be late | ich mich verspäte | voy a llegar tarde | geç kalacağım | я опоздаю | मुझे देर हो जाएगी
+task: dinner is ready | das essen fertig ist | la cena está lista | yemek hazır | ужин готов | खाना तैयार है
+task: i am at home | ich zu hause bin | estoy en casa | evdeyim | я дома | मैं घर पर हूँ
+task: the meeting is over | die besprechung vorbei ist | la reunión ha terminado
     | toplantı bitti | собрание закончилось | मीटिंग खत्म हो गई है
-align: we need more time | wir mehr zeit brauchen | necesitamos más tiempo
+task: we need more time | wir mehr zeit brauchen | necesitamos más tiempo
     | daha fazla zamana ihtiyacımız var | нам нужно больше времени | हमें और समय चाहिए
-align: the train is delayed | der zug verspätung hat | el tren lleva retraso
+task: the train is delayed | der zug verspätung hat | el tren lleva retraso
     | tren gecikti | поезд задерживается | ट्रेन लेट है
-align: everything is fine | alles in ordnung ist | todo va bien | her şey yolunda | всё в порядке | सब ठीक है
+task: everything is fine | alles in ordnung ist | todo va bien | her şey yolunda | всё в порядке | सब ठीक है
 align: i am on my way | ich unterwegs bin | estoy de camino | yoldayım | я в пути | मैं रास्ते में हूँ
 align: the car broke down | das auto kaputt ist | el coche se ha averiado
     | araba bozuldu | машина сломалась | गाड़ी खराब हो गई है
@@ -339,13 +339,13 @@ test: the flight is delayed | der flug verspätung hat | el vuelo lleva retraso
     | uçak gecikti | рейс задерживается | फ़्लाइट लेट है
 """,
     "item": """
-align: milk | milch | leche | süt | молоко | दूध
-align: bread | brot | pan | ekmek | хлеб | ब्रेड
-align: eggs | eier | huevos | yumurta | яйца | अंडे
-align: olive oil | olivenöl | aceite de oliva | zeytinyağı | оливковое масло | जैतून का तेल
-align: coffee | kaffee | café | kahve | кофе | कॉफ़ी
-align: candles | kerzen | velas | mum | свечи | मोमबत्तियाँ
-align: sugar | zucker | azúcar | şeker | сахар | चीनी
+task: milk | milch | leche | süt | молоко | दूध
+task: bread | brot | pan | ekmek | хлеб | ब्रेड
+task: eggs | eier | huevos | yumurta | яйца | अंडे
+task: olive oil | olivenöl | aceite de oliva | zeytinyağı | оливковое масло | जैतून का तेल
+task: coffee | kaffee | café | kahve | кофе | कॉफ़ी
+task: candles | kerzen | velas | mum | свечи | मोमबत्तियाँ
+task: sugar | zucker | azúcar | şeker | сахар | चीनी
 align: green tea | grünen tee | té verde | yeşil çay | зелёный чай | ग्रीन टी
 align: apples | äpfel | manzanas | elma | яблоки | सेब
 align: rice | reis | arroz | pirinç | рис | चावल
@@ -359,19 +359,19 @@ test: batteries | batterien | pilas | pil | батарейки | बैटरि
 test: chocolate | schokolade | chocolate | çikolata | шоколад | चॉकलेट
 """,
     "list": """
-align: the shopping list | die einkaufsliste | la lista de la compra
+task: the shopping list | die einkaufsliste | la lista de la compra
     | alışveriş listesine | список покупок | खरीदारी की सूची
-align: the party list | die partyliste | la lista de la fiesta
+task: the party list | die partyliste | la lista de la fiesta
     | parti listesine | список для вечеринки | पार्टी की सूची
-align: the breakfast list | die frühstücksliste | la lista del desayuno
+task: the breakfast list | die frühstücksliste | la lista del desayuno
     | kahvaltı listesine | список для завтрака | नाश्ते की सूची
-align: the camping list | die campingliste | la lista del campamento
+task: the camping list | die campingliste | la lista del campamento
     | kamp listesine | список для похода | कैंपिंग की सूची
-align: the office list | die büroliste | la lista de la oficina
+task: the office list | die büroliste | la lista de la oficina
     | ofis listesine | список для офиса | दफ़्तर की सूची
-align: the christmas list | die weihnachtsliste | la lista de navidad
+task: the christmas list | die weihnachtsliste | la lista de navidad
     | noel listesine | рождественский список | क्रिसमस की सूची
-align: my list | meine liste | mi lista | listeme | мой список | मेरी सूची
+task: my list | meine liste | mi lista | listeme | мой список | मेरी सूची
 align: the birthday list | die geburtstagsliste | la lista del cumpleaños
     | doğum günü listesine | список для дня рождения | जन्मदिन की सूची
 align: the picnic list | die picknickliste | la lista del picnic

@@ -1,83 +1,63 @@
-"""What an adapter of the demo can do with commands it has never read: their intents and their slots."""
+"""What an adapter of the demo can do: which intent it finds the most likely for commands it has never read."""
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from fastalign.demo.conversation import INTENTS, SLOTS, kinds, spans
+from fastalign.config import TaskConfig
+from fastalign.data import demo_corpus
+from fastalign.data.templates import TaskExample, TaskReader
+from fastalign.data.tokenization import IGNORE_INDEX, PromptTokenizer, pad
 
-Row = Mapping[str, Any]
 ROWS = 60  # of the test set, per language
 
 
-def scores(base: Path, adapter: Path, test: Path) -> dict[str, dict[str, float]]:
-    """Score the adapted model on the first `ROWS` rows of each language.
-
-    The answers are chosen greedily among those that a question has, each after the model's own earlier answers.
+def intent_accuracy(base: Path, adapter: Path, test: Path) -> dict[str, float]:
+    """Share of test commands per language whose intent the adapted model finds the most likely of all intents.
 
     Args:
         base: folder of the model. adapter: folder of the adapter. test: file of labelled rows in all languages.
-
-    Returns:
-        ``{"intent_accuracy": {language: share}, "slot_f1": {language: micro F1 of exact spans and their slots}}``.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    tokenizer = PromptTokenizer(AutoTokenizer.from_pretrained(base))
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).eval()
-    chosen: dict[str, list[Row]] = defaultdict(list)
-    for row in map(json.loads, test.read_text(encoding="utf-8").splitlines()):
-        if len(chosen[row["lang"]]) < ROWS:
-            chosen[row["lang"]].append(row)
-    found: dict[str, dict[str, float]] = {"intent_accuracy": {}, "slot_f1": {}}
-    for language, rows in chosen.items():
-        intents, slots = predict(model, AutoTokenizer.from_pretrained(base), rows)
-        right = sum(intent == row["intent"] for intent, row in zip(intents, rows, strict=True))
-        found["intent_accuracy"][language] = right / len(rows)
-        found["slot_f1"][language] = f1([spans(kinds(row)) for row in rows], [spans(answer) for answer in slots])
-    return found
+    examples = TaskReader(TaskConfig(template="slots", system="")).read(str(test), "the demo's test set")
+    intents = sorted({_intent(example) for example in examples})
+    scores = {}
+    for language in demo_corpus.LANGUAGES:
+        chosen = [example for example in examples if example.language == language][:ROWS]
+        likelihoods = torch.stack([_log_likelihood(model, tokenizer, chosen, intent) for intent in intents])
+        found = [intents[i] for i in likelihoods.argmax(dim=0).tolist()]
+        right = sum(intent == _intent(example) for intent, example in zip(found, chosen, strict=True))
+        scores[language] = right / len(chosen)
+    return scores
 
 
-def f1(gold: Sequence[set[Any]], predicted: Sequence[set[Any]]) -> float:
-    """Micro-averaged: 2 x hits / (found + there), over all rows."""
-    hits = sum(len(there & found) for there, found in zip(gold, predicted, strict=True))
-    return 2 * hits / max(1, sum(map(len, gold)) + sum(map(len, predicted)))
+def _intent(example: TaskExample) -> str:
+    """The first item of the answer, ``intent: ...``."""
+    return example.messages[-1]["content"].split("; ")[0]
 
 
 @torch.no_grad()
-def predict(model: Any, tokenizer: Any, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """The intent of each row, and the slot of each of its words."""
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
-
-    def ask(prompts: Sequence[list[int]], answers: Mapping[str, str]) -> list[str]:
-        """The likeliest of the answers, by its first token, which is appended to the prompts with the end token."""
-        first = torch.tensor([ids(word)[0] for word in answers.values()])
-        width = max(map(len, prompts))
-        batch = torch.tensor([[*prompt, *[tokenizer.pad_token_id] * (width - len(prompt))] for prompt in prompts])
-        mask = torch.tensor([[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts])
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts])
-        states = model.get_base_model().model(input_ids=batch, attention_mask=mask).last_hidden_state
-        logits = model.get_output_embeddings()(states[torch.arange(len(prompts)), last])[:, first]
-        chosen = [[*answers][i] for i in logits.argmax(dim=1).tolist()]
-        for prompt, answer in zip(prompts, chosen, strict=True):
-            prompt += [*ids(answers[answer]), tokenizer.eos_token_id]
-        return chosen
-
-    prompts = [[tokenizer.bos_token_id, *ids(" ".join(row["tokens"]))] for row in rows]
-    intents = ask(prompts, INTENTS)
-    slots: list[list[str]] = [[] for _ in rows]
-    for i in range(max(len(row["tokens"]) for row in rows)):
-        live = [j for j, row in enumerate(rows) if i < len(row["tokens"])]
-        for j in live:
-            prompts[j] += ids(rows[j]["tokens"][i])
-        for j, answer in zip(live, ask([prompts[j] for j in live], SLOTS), strict=True):
-            slots[j].append(answer)
-    return intents, slots
+def _log_likelihood(
+    model: Any, tokenizer: PromptTokenizer, examples: Sequence[TaskExample], answer: str
+) -> torch.Tensor:
+    """Log-probability (N,) of an answer to each of the prompts, its end not counted."""
+    encoded = []
+    for example in examples:
+        messages = [*example.messages[:-1], {"role": "assistant", "content": answer}]
+        ids, labels = tokenizer(replace(example, messages=messages))
+        encoded.append((ids[:-1], labels[:-1]))
+    ids = pad([ids for ids, _ in encoded], 0)
+    mask = pad([[1] * len(ids) for ids, _ in encoded], 0)
+    labels = pad([labels for _, labels in encoded], IGNORE_INDEX)[:, 1:]
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    return -F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none").sum(dim=1)
