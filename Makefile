@@ -88,6 +88,7 @@ gpu: ## on a GPU: tests marked gpu, then every benchmark and the plots; uses $(P
 	bench 45 info_nce; \
 	bench 50 info_nce --regimes; \
 	bench 70 pooled_info_nce; \
+	bench 25 cross_entropy; \
 	for name in alignment_step cached_negatives; do \
 	  echo; echo "== bench_$$name"; $(PYTHON) benchmarks/bench_$$name.py || status=$$?; \
 	done; \

@@ -20,6 +20,7 @@ COLOURS = {"ours": "#c1272d", "twin": "#e9967a", "eager": "#4c72b0", "compile": 
 COLOURS |= {"sentence-transformers": "#8172b2", "fused": "#c1272d", "dense": "#dd8452", "panels": "#937860"}
 COLOURS |= {"cached": "#c1272d", "checkpointed": "#4c72b0"}
 COLOURS |= {"all_layers": "#4c72b0", "reference": "#8c8c8c", "no_head": "#55a868"}
+COLOURS |= {"whole": "#4c72b0", "labels": "#8c8c8c", "linear": "#55a868"}
 PANELS = {"p50_ms": "ms, p50 (p10 to p90)", "roofline": "share of measured roofline", "peak_bytes": "peak MB, extra"}
 
 

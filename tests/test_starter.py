@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from fastalign.cli import main
-from fastalign.config import Config, config_from_dict, load_config
+from fastalign.config import Config, config_from_dict, load_config, parse_memory
 from fastalign.config.dialect import load_yaml
 from fastalign.errors import ConfigError, DataError, FastalignError, ModelError
 from fastalign.starter import propose, starter
-from fastalign.starter.fit import ENOUGH, RUNGS, SHARE, Needs, fit, parse_memory
+from fastalign.starter.fit import ENOUGH, RUNGS, SHARE, Needs, fit
 from fastalign.training.run import train
 
 SHORT = ["training.max_steps=2", "training.use_cpu=true", "training.save_strategy=no", "training.eval_strategy=no"]

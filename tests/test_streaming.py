@@ -199,7 +199,8 @@ def test_two_ranks_take_the_batches_of_one(tmp_path: Path) -> None:
     def stream(size: int) -> TaskStream:
         rows = begun(of_task(path))
         tokenizer: Any = SimpleNamespace(max_length=1)
-        found = TaskStream(rows, [], tokenizer, rows, micro_batch_size=size, accumulation=1, eval_batch_size=1)
+        settings: dict[str, Any] = {"accumulation": 1, "eval_batch_size": 1, "logits_memory": None}
+        found = TaskStream(rows, [], tokenizer, rows, micro_batch_size=size, **settings)
         found._collate = lambda batch: MicroBatch({}, 0, len(batch))  # type: ignore[method-assign]
         return found
 

@@ -41,6 +41,7 @@ from fastalign.config.keys import (
     TaskConfig,
 )
 from fastalign.config.reference import commented_yaml, describe
+from fastalign.config.sizes import logits_bytes, parse_memory
 from fastalign.errors import ConfigError
 
 __all__ = [
@@ -64,7 +65,9 @@ __all__ = [
     "config_to_dict",
     "describe",
     "load_config",
+    "logits_bytes",
     "nearest",
+    "parse_memory",
     "save_config",
 ]
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from fastalign.config.keys import NESTED, AlignmentConfig, Config, Data, DataSource, TaskConfig
+from fastalign.config.sizes import logits_bytes
 from fastalign.errors import ConfigError, mask_secrets, mask_tokens
 
 # No machine has the memory for more; a typo is told at once instead of in the midst of an allocation.
@@ -274,6 +275,7 @@ def _validate_columns(columns: Mapping[str, Any] | None, key: str) -> None:
 
 
 def _validate_task(task: TaskConfig) -> None:
+    logits_bytes(task)
     _need(task.languages != [], "task.languages", "a list of one or more languages, or null for all", task.languages)
     if task.template == "custom" and not (task.prompt and task.response):
         raise ConfigError("task.template: custom needs task.prompt and task.response, e.g. prompt: 'Classify: {text}'")

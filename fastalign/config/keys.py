@@ -140,6 +140,12 @@ class TaskConfig:
         "auto",
     )
     max_length: int = _help("Tokens a row may have; longer prompts lose their beginning.", 1024)
+    logits_memory: str = _help(
+        "Memory that the logits of a forward may take, with their copies and gradients, e.g. 64MB or 1GiB: only answer "
+        "tokens have logits, as many at a time as fit, and the loss and its gradient are exact. whole: the logits of "
+        "all tokens at once, as transformers makes them, for a model whose head is refused.",
+        "256MB",
+    )
     language_temperature: float | Literal["uniform"] = _help(
         "Languages are drawn with probability proportional to rows ** (1 / T). 1: as in the data; uniform: T = inf.",
         1.0,

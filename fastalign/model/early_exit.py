@@ -20,10 +20,9 @@ block l gave, else ModelError. Afterwards no hook is left (but those that tap lo
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, overload
 from weakref import WeakKeyDictionary
@@ -32,16 +31,21 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.errors import ConfigError, ModelError
+from fastalign.model.parts import (
+    decoder_arguments,
+    decoder_of,
+    first_of,
+    open_exits,
+    replaced_forward,
+    text_config_of,
+    unwrap,
+)
 
 FINAL_NORMS = {"norm", "ln_f", "final_layer_norm", "norm_f", "final_layernorm", "final_norm"}
 FINAL_NORMS |= {"layer_norm", "embedding_norm"}  # XGLM and BioGPT, LFM2
-# Asked for one of these, transformers hooks the modules it finds, once and for good. Inside the `with` that
-# would be half a model, and later full forwards would lack the upper half: so never inside.
-_RECORDERS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 # Kept beside the models: a copied or saved model must not carry any of it.
 _verified: WeakKeyDictionary[nn.Module, set[tuple]] = WeakKeyDictionary()
-_open: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # causal models inside a `with`, and their L
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,8 @@ def num_layers(model: nn.Module) -> int:
 
     Raises ModelError if that is not a decoder-only causal LM with one recognisable list of blocks.
     """
-    causal = _unwrap(model)
-    return _open[causal] if causal in _open else len(locate(causal).blocks)
+    causal = unwrap(model)
+    return open_exits[causal] if causal in open_exits else len(locate(causal).blocks)
 
 
 @contextmanager
@@ -77,7 +81,7 @@ def early_exit(model: nn.Module, layer: int) -> Iterator[None]:
     Raises ConfigError if `layer` is not an int in 1..L; ModelError if the model is no decoder-only causal LM,
     if (at the first call) its architecture does not give the exact state, or if an exit is already open.
     """
-    parts = locate(_unwrap(model))
+    parts = locate(unwrap(model))
     _check_layer(parts, layer)
     with _patched(parts, (layer,), lambda norms, kwargs: _run(parts, (layer,), norms, kwargs)[0]):
         yield
@@ -96,7 +100,7 @@ def hidden_at(model: nn.Module, layer: int | Sequence[int], **inputs: Any) -> Te
     Raises ConfigError and ModelError as `early_exit` does.
     """
     wanted: list[int] = list(layer) if isinstance(layer, Sequence) else [layer]
-    parts = locate(_unwrap(model))
+    parts = locate(unwrap(model))
     for one in wanted or [layer]:
         _check_layer(parts, one)
     layers = tuple(sorted({*wanted}))
@@ -115,41 +119,14 @@ def hidden_at(model: nn.Module, layer: int | Sequence[int], **inputs: Any) -> Te
     return list(states) if isinstance(layer, Sequence) else states[0]
 
 
-def _unwrap(model: Any) -> nn.Module:
-    """The causal LM inside any number of wrappers."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"expected a causal language model, got {type(model).__name__}: pass an nn.Module")
-    for name in ("module", "_orig_mod"):  # DDP and DeepSpeed, torch.compile
-        if model._modules.get(name) is not None:
-            return _unwrap(model._modules[name])
-    get_base = getattr(model, "get_base_model", None)  # PEFT
-    return _unwrap(get_base()) if callable(get_base) else model
-
-
 def locate(causal: nn.Module) -> Parts:
     """The parts of a causal LM that nothing wraps. Raises ModelError as `early_exit` does."""
-    name = type(causal).__name__
-    if causal in _open:
-        raise ModelError(f"an early exit is already open on this {name}: leave it before opening another")
-    config: Any = getattr(causal, "config", None)
-    if not hasattr(config, "get_text_config"):
-        raise ModelError(f"{name} has no transformers config: load it with AutoModelForCausalLM")
-    try:
-        text_config = config.get_text_config()
-    except ValueError as error:
-        raise ModelError(f"{name} has no single text decoder, use a decoder-only model: {error}") from error
-    if getattr(config, "is_encoder_decoder", False) or getattr(text_config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder: use a decoder-only causal LM")
-    # never get_decoder(), which some families answer with the model itself; Llama 4 misnames its "model"
-    prefix = getattr(causal, "base_model_prefix", "")
-    decoder = next((m for n in (prefix, "model") if (m := causal._modules.get(n)) is not None), None)
-    if decoder is None:
-        raise ModelError(f"{name} has no base decoder below a head: load it with AutoModelForCausalLM")
+    text_config, decoder = text_config_of(causal), decoder_of(causal)
     count = getattr(text_config, "num_hidden_layers", None)
     found = list(_lists_of_length(decoder, count))
     if len(found) != 1:
         where = f"{len(found)} lists of num_hidden_layers={count} blocks where early exit needs exactly one"
-        raise ModelError(f"{name} has {where}: use another model family")
+        raise ModelError(f"{type(causal).__name__} has {where}: use another model family")
     owner, list_name, blocks = found[0]
     return Parts(causal, decoder, owner, list_name, list(blocks))
 
@@ -190,58 +167,22 @@ def _patched(parts: Parts, layers: tuple[int, ...], forward: _Forward) -> Iterat
     swapped: dict[str, nn.Module] = {n: nn.Identity() for n in saved if n != parts.list_name}
     norms = list(swapped.values())
     swapped[parts.list_name] = nn.ModuleList(parts.blocks[: layers[-1]])
-    saved_forward = {n: f for n, f in vars(causal).items() if n == "forward"}
-    autocast = _autocast_of(saved_forward.get("forward"))
-    to_kwargs = _kwargs_filter(parts)
+    to_kwargs = decoder_arguments(causal, parts.decoder, causal.config, getattr(parts.owner, "config", None))
 
     def exit_forward(*args: Any, **kwargs: Any) -> Any:
-        with autocast:
-            return forward(norms, to_kwargs(args, kwargs))
+        return forward(norms, to_kwargs(args, kwargs))
 
     hooks = len(layers) > 1 or not _is_verified(parts, layers)
     compiled = "torch._dynamo" in sys.modules  # compiled code does not notice new hooks
     eager = torch.compiler.set_stance("force_eager") if hooks and compiled else nullcontext()
-    _open[causal] = len(parts.blocks)
+    open_exits[causal] = len(parts.blocks)
     try:
         modules.update(swapped)
-        vars(causal)["forward"] = exit_forward
-        with eager:
+        with replaced_forward(causal, exit_forward), eager:
             yield
     finally:
         modules.update(saved)
-        vars(causal).pop("forward", None)
-        vars(causal).update(saved_forward)
-        _open.pop(causal, None)
-
-
-def _kwargs_filter(parts: Parts) -> Callable[[tuple, dict[str, Any]], dict[str, Any]]:
-    """A function from the arguments of the causal model to those of its decoder."""
-    ours = inspect.signature(type(parts.causal).forward).parameters
-    theirs = inspect.signature(type(parts.decoder).forward).parameters
-    ours_open, theirs_open = (any(p.kind is p.VAR_KEYWORD for p in s.values()) for s in (ours, theirs))
-    configs = (parts.causal.config, getattr(parts.owner, "config", None))
-    fixed = {n: False for n in _RECORDERS if any(getattr(c, n, None) for c in configs)}
-    fixed = {n: v for n, v in fixed.items() if n in theirs or theirs_open}
-    default = {"use_cache": False} if "use_cache" in theirs else {}
-
-    def takes(name: str) -> bool:  # what neither side knows stays in, to be the error it would be elsewhere
-        return name in theirs or (name not in ours and (theirs_open or not ours_open))
-
-    def to_kwargs(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        given = dict(zip(list(ours)[1:], args, strict=False)) | kwargs
-        return default | {n: v for n, v in given.items() if takes(n) and not n.startswith("output_")} | fixed
-
-    return to_kwargs
-
-
-def _autocast_of(forward: Any) -> AbstractContextManager:
-    """The autocast that accelerate wrapped around `forward`, where a closure is the only place to find it."""
-    while forward is not None:
-        for cell in getattr(forward, "__closure__", None) or ():
-            if isinstance(cell.cell_contents, torch.autocast):
-                return cell.cell_contents
-        forward = getattr(forward, "__wrapped__", None)
-    return nullcontext()
+        open_exits.pop(causal, None)
 
 
 def _run(
@@ -252,7 +193,7 @@ def _run(
     watch = None if _is_verified(parts, layers) else _Watch(parts, layers)
     handles = watch.install(norms) if watch else []
     for tap in layers[:-1]:
-        hook = lambda _m, _a, out, tap=tap: states.update({tap: _state(out)})  # noqa: E731
+        hook = lambda _m, _a, out, tap=tap: states.update({tap: first_of(out)})  # noqa: E731
         handles.append(parts.blocks[tap - 1].register_forward_hook(hook))
     try:
         output = parts.decoder(**kwargs)
@@ -263,15 +204,11 @@ def _run(
     finally:
         for handle in handles:
             handle.remove()
-    states[last] = _state(getattr(output, "last_hidden_state", output))
+    states[last] = first_of(output)
     if watch:
         watch.check(states)
         _verified.setdefault(parts.causal, set()).add((layers, parts.owner.training))
     return output, states
-
-
-def _state(output: Any) -> Any:
-    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 class _Watch:
@@ -287,7 +224,7 @@ class _Watch:
         def block_ran(index: int, output: Any) -> None:
             self.runs[index - 1] += 1
             if index in self.layers:  # a copy: the decoder may change the state in place
-                self.copies[index] = _state(output).detach().clone()
+                self.copies[index] = first_of(output).detach().clone()
 
         def norm_ran() -> None:
             self.norm_too_early |= not self.runs[self.layers[-1] - 1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,6 @@ from fastalign.training.memory import gigabytes
 SHARE = 0.85  # of the memory that the prediction may fill
 STEP = 16  # rows of the task in an optimizer step
 ENOUGH = (4, 16)  # rows and pairs of a forward: to get more, nothing is given up
-UNITS = {"m": 10**6, "mb": 10**6, "mib": 2**20, "g": 10**9, "gb": 10**9, "gib": 2**30, "tb": 10**12, "tib": 2**40}
 # (quantization, gradient checkpointing), in the order of what they cost.
 RUNGS = (("none", False), ("none", True), ("nf4", False), ("nf4", True))
 
@@ -49,15 +47,6 @@ class Needs:
     widths: dict[str, int]
     blocks: int
     batch: int
-
-
-def parse_memory(text: str, key: str) -> int:
-    """Bytes of ``8GB``, ``24G``, ``12GiB`` or ``8000MB``. Raises ConfigError."""
-    match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([a-z]+)\s*", text, re.IGNORECASE)
-    size = float(match[1]) * UNITS.get(match[2].lower(), 0) if match else 0
-    if not 10**8 <= size <= 10**13:
-        raise ConfigError(f"{key} must be a size from 100MB to 10TB such as 8GB, 24G or 12GiB, not {text!r}")
-    return round(size)
 
 
 def unknown_model(on_gpu: bool) -> Fit:

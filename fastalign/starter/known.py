@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from fastalign.config import ModelConfig
+from fastalign.config import ModelConfig, parse_memory
 from fastalign.config.hub import may_ask_hub
 from fastalign.errors import ModelError
 from fastalign.model.loading import compute_dtype, load_model_config, load_tokenizer
-from fastalign.starter.fit import parse_memory
 from fastalign.training.memory import gigabytes
 
 # What a hub raises that cannot be reached; it has no base class of its own that all of them share.

@@ -7,12 +7,14 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fastalign.data.sampling import Sampler
 from fastalign.data.streaming import StreamedRows
 from fastalign.data.templates import TaskExample
 from fastalign.data.tokenization import IGNORE_INDEX, PromptTokenizer, pad
+from fastalign.model.head import Head, through_head
+from fastalign.objectives.cross_entropy import ChunkedCrossEntropy
 from fastalign.streams.base import MicroBatch, Stream, my_share, rank_and_world_size, sum_over_ranks
 
 
@@ -25,6 +27,7 @@ class TaskStream(Stream):
         sampler: order of `train`.
         micro_batch_size: rows of a forward. accumulation: forwards of an optimizer step.
         eval_batch_size: rows of a forward in evaluation.
+        logits_memory: bytes that logits may take at once. None: those of all tokens exist, as the model gives them.
     """
 
     name = "task"
@@ -39,6 +42,7 @@ class TaskStream(Stream):
         micro_batch_size: int,
         accumulation: int,
         eval_batch_size: int,
+        logits_memory: int | None,
     ):
         self.train, self.held_out, self.tokenizer, self.sampler = train, held_out, tokenizer, sampler
         self.micro_batch_size = micro_batch_size
@@ -48,7 +52,9 @@ class TaskStream(Stream):
             f"lower training.per_device_train_batch_size (now {micro_batch_size}; multiply "
             "training.gradient_accumulation_steps to keep the step the same)",
             f"lower task.max_length (now {tokenizer.max_length})",
+            *(["set task.logits_memory: 256MB (now whole)"] if logits_memory is None else []),
         )
+        self._in_chunks = None if logits_memory is None else ChunkedCrossEntropy(logits_memory)
         self._scale = 1.0  # ranks per answer token of the step
 
     @staticmethod
@@ -62,7 +68,7 @@ class TaskStream(Stream):
         self._scale = rank_and_world_size()[1] / max(total, 1.0)  # the wrappers average over ranks: undo that
 
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-        return _summed_cross_entropy(model, micro_batch) * self._scale
+        return self._summed_cross_entropy(model, micro_batch) * self._scale
 
     @property
     def can_evaluate(self) -> bool:
@@ -77,7 +83,7 @@ class TaskStream(Stream):
         total, tokens = 0.0, 0
         for i, counts in my_share(-(-len(self.held_out) // size)):
             micro_batch = self._collate(self.held_out[i * size : (i + 1) * size]).to(device)
-            loss = _summed_cross_entropy(model, micro_batch).item()
+            loss = self._summed_cross_entropy(model, micro_batch).item()
             if counts:
                 total, tokens = total + loss, tokens + micro_batch.items
         total, tokens = sum_over_ranks([total, tokens], device)
@@ -95,15 +101,21 @@ class TaskStream(Stream):
         }
         return MicroBatch(inputs, tokens=sum(len(ids) for ids, _ in encoded), items=_learnt(labels))
 
+    def _summed_cross_entropy(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+        """Sum over the answer tokens, in fp32."""
+        labels = micro_batch.inputs["labels"][:, 1:]
+        learnt = labels != IGNORE_INDEX
+        inputs = {name: micro_batch.inputs[name] for name in ("input_ids", "attention_mask")}
+        if self._in_chunks is None:
+            logits = model(**inputs, use_cache=False).logits
+            return F.cross_entropy(logits[:, :-1][learnt].float(), labels[learnt], reduction="sum")
+        in_chunks = self._in_chunks
+
+        def loss(states: Tensor, head: Head) -> Tensor:
+            return in_chunks(states[:, :-1][learnt], labels[learnt], head)
+
+        return through_head(model, loss, **inputs, use_cache=False)
+
 
 def _learnt(labels: torch.Tensor) -> int:
     return int((labels[:, 1:] != IGNORE_INDEX).sum())
-
-
-def _summed_cross_entropy(model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-    """Sum over the answer tokens, in fp32; only their rows of the logits are converted."""
-    inputs = micro_batch.inputs
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
-    labels = inputs["labels"][:, 1:]
-    learnt = labels != IGNORE_INDEX
-    return F.cross_entropy(logits[:, :-1][learnt].float(), labels[learnt], reduction="sum")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
-from fastalign.config import Config, DataSource
+from fastalign.config import Config, DataSource, logits_bytes
 from fastalign.data.parallel import Pair, PairBlocks, read_pairs
 from fastalign.data.sampling import Sampler, held_out, stable_hash
 from fastalign.data.streaming import Check, StreamedRows
@@ -119,6 +119,7 @@ def build_streams(
             micro_batch_size=args.per_device_train_batch_size,
             accumulation=args.gradient_accumulation_steps,
             eval_batch_size=args.per_device_eval_batch_size,
+            logits_memory=logits_bytes(task),
         )
     if inputs.pairs and config.alignment.data:
         train, kept = inputs.pairs

@@ -34,6 +34,7 @@ FREE = (
     "training.prediction_loss_only", "training.batch_eval_metrics", "training.skip_memory_metrics",
     "training.include_*", "training.trackio_*",
     "alignment.micro_batch_size", "alignment.eval_pairs", "alignment.preset", "model.trust_remote_code",
+    "task.logits_memory",
 )  # fmt: skip
 LENGTH = ("training.max_steps", "training.num_train_epochs")  # may differ, and is said
 STEP = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")  # their product counts
