@@ -17,7 +17,9 @@ from fastalign.config import Config, config_from_dict, load_config
 from fastalign.config.dialect import load_yaml
 from fastalign.errors import ConfigError, DataError, FastalignError, ModelError
 from fastalign.starter import propose, starter
-from fastalign.starter.fit import ENOUGH, RUNGS, SHARE, Needs, fit, parse_memory
+from fastalign.starter.fit import ENOUGH, RUNGS, Needs, fit
+from fastalign.training.memory import parse_memory
+from fastalign.training.needs import CONTEXT, usable
 from fastalign.training.run import train
 
 SHORT = ["training.max_steps=2", "training.use_cpu=true", "training.save_strategy=no", "training.eval_strategy=no"]
@@ -218,7 +220,7 @@ def test_more_memory_never_gives_a_smaller_forward_and_all_of_it_fits(larger: st
         assert rows * raw["training"]["gradient_accumulation_steps"] == 16
         assert raw["training"]["per_device_eval_batch_size"] == rows
         assert pairs <= raw["alignment"]["batch_size"] == 128
-        assert _predicted(text) < SHARE * parse_memory(size, "")
+        assert _predicted(text) < usable(parse_memory(size, ""), on_gpu=True)
     assert all(before[i] <= after[i] for before, after in pairwise(seen) for i in (0, 1))
     assert seen[0] < ENOUGH < seen[-1] and len(settings) >= 3
     assert ("nf4", True) in settings and ("none", False) in settings
@@ -235,7 +237,7 @@ def a_model(vocab: int) -> Needs:
 
 @pytest.mark.parametrize("vocab", [1_000, 32_000])
 def test_memory_in_small_steps_never_takes_anything_away(vocab: int) -> None:
-    sizes = [round(3e7 * 1.12**i) for i in range(36)]
+    sizes = [CONTEXT + round(3e7 * 1.12**i) for i in range(36)]
     fits = []
     for size in sizes:
         try:
@@ -243,7 +245,7 @@ def test_memory_in_small_steps_never_takes_anything_away(vocab: int) -> None:
         except ConfigError:
             assert not fits  # what fitted into less fits into this
             continue
-        assert found.peak is not None and found.peak <= SHARE * size
+        assert found.peak is not None and found.peak <= usable(size, on_gpu=True)
         fits.append(found)
     for before, after in pairwise(fits):
         assert before.rows <= after.rows and before.pairs <= after.pairs

@@ -64,6 +64,30 @@ def num_layers(model: nn.Module) -> int:
     return _open[causal] if causal in _open else len(_locate(causal).blocks)
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of the causal LM in `model`, from below. Raises ModelError as `num_layers` does."""
+    return _locate(_unwrap(model)).blocks
+
+
+@contextmanager
+def shortened(model: nn.Module, count: int) -> Iterator[None]:
+    """Inside the `with`, the model consists of its first `count` blocks, final norm and head; else nothing changes."""
+    parts = _locate(_unwrap(model))
+    configs: list[Any] = [parts.causal.config.get_text_config(), getattr(parts.owner, "config", None)]  # type: ignore[union-attr]
+    configs = [config for config in configs if hasattr(config, "num_hidden_layers")]
+    depths = [config.num_hidden_layers for config in configs]
+    whole = parts.owner._modules[parts.list_name]
+    try:
+        parts.owner._modules[parts.list_name] = nn.ModuleList(parts.blocks[:count])
+        for config in configs:
+            config.num_hidden_layers = count
+        yield
+    finally:
+        parts.owner._modules[parts.list_name] = whole
+        for config, depth in zip(configs, depths, strict=True):
+            config.num_hidden_layers = depth
+
+
 @contextmanager
 def early_exit(model: nn.Module, layer: int) -> Iterator[None]:
     """Inside the `with`, calling `model` runs blocks 1..layer only, without final norm and head.
@@ -305,6 +329,6 @@ class _Watch:
         for index, copy in self.copies.items():
             state = states[index]
             same = isinstance(state, Tensor) and (state.shape, state.dtype) == (copy.shape, copy.dtype)
-            # what is not a number (rows that are all padding) stays so
-            if not same or not torch.equal(state.nan_to_num(), copy.to(state.device).nan_to_num()):
+            # what is not a number (rows that are all padding) stays so; on the meta device there are no numbers
+            if not same or not (state.is_meta or torch.equal(state.nan_to_num(), copy.to(state.device).nan_to_num())):
                 raise _unsupported(self.parts, f"its decoder changes the state after block {index}")

@@ -13,8 +13,7 @@ from fastalign.config import ModelConfig
 from fastalign.config.hub import may_ask_hub
 from fastalign.errors import ModelError
 from fastalign.model.loading import compute_dtype, load_model_config, load_tokenizer
-from fastalign.starter.fit import parse_memory
-from fastalign.training.memory import gigabytes
+from fastalign.training.memory import gigabytes, parse_memory
 
 # What a hub raises that cannot be reached; it has no base class of its own that all of them share.
 AWAY = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ConnectionError"}
