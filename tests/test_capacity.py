@@ -71,7 +71,7 @@ def test_the_largest_micro_batches_fit_and_no_larger_ones(raw: dict) -> None:
         for name in ("task", "alignment"):
             count = largest[name] + more
             raw["training"]["per_device_train_batch_size"] = count if name == "task" else 1
-            raw["alignment"] |= {"batch_size": count if name == "alignment" else 1}
+            raw["alignment"] |= {"batch_size": count if name == "alignment" else 2}
             found = memory_report(config_from_dict(raw), gpu_memory="3GB")
             assert found["streams"][name]["micro_batch"] == count
             assert found["fits"] == (found["peak_bytes"] <= usable(3 * 10**9, on_gpu=True)) == fits

@@ -220,6 +220,7 @@ def test_peak_is_within_a_tenth_of_what_the_allocator_counts(
 
 def test_logits_are_those_of_the_labels_up_to_the_limit() -> None:
     assert logits_bytes(10, 1000, 2, 10**9) == 10 * 1000 * 8
+    assert logits_bytes(10_000, 128_256, 2, None) == 10_000 * 128_256 * 8
     assert logits_bytes(10_000, 128_256, 2, 256 * 10**6) == 256 * 10**6
 
 

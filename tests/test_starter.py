@@ -210,7 +210,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 def test_more_memory_never_gives_a_smaller_forward_and_all_of_it_fits(larger: str, wide: dict) -> None:
     seen, settings = [], set()
-    for size in ("1.4GB", "2GB", "6GB", "24GB", "80GB"):
+    for size in ("1.7GB", "2.3GB", "6GB", "24GB", "80GB"):
         text = starter(model=larger, gpu_memory=size, **wide)
         raw: Any = load_yaml(text)
         rows, pairs = raw["training"]["per_device_train_batch_size"], raw["alignment"]["micro_batch_size"]
@@ -258,7 +258,7 @@ def test_memory_in_small_steps_never_takes_anything_away(vocab: int) -> None:
 def test_on_a_cpu_what_needs_4_bits_is_refused() -> None:
     least = next(size for size in range(10**7, 10**10, 10**7) if _fits(size, True))
     with pytest.raises(ConfigError, match=r"even with gradient checkpointing and one row .* take a machine of"):
-        fit(a_model(1_000), least, on_gpu=False)
+        fit(a_model(1_000), round((least - CONTEXT) * 0.95 / 0.85), on_gpu=False)  # of which as much is usable
 
 
 def _fits(size: int, on_gpu: bool) -> bool:

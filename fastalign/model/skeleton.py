@@ -115,13 +115,13 @@ def skeleton(
     )
 
 
-def weight_bytes(weight: torch.Tensor) -> int:
+def weight_bytes(weight: Any) -> int:
     """What a weight will take, with its scales where it is to be packed into 4 bits."""
     if not hasattr(weight, "quant_type"):
         return weight.numel() * weight.element_size()
     scales = -(-weight.numel() // BLOCK)
     packed = -(-weight.numel() // 2) + 4 * CODE[weight.quant_type]
-    if not weight.compress_statistics:  # type: ignore[attr-defined]
+    if not weight.compress_statistics:
         return packed + 4 * scales
     # Scales of one byte, theirs in fp32, the 256 values that a byte stands for, and the mean that was taken off.
     return packed + scales + 4 * -(-scales // NESTED_BLOCK) + 4 * 256 + 4
@@ -135,7 +135,7 @@ def _quantize(model: Any, quantization: Any) -> None:
         raise ConfigError(
             "model.quantization: 4 bits need bitsandbytes, which is not installed; pip install bitsandbytes"
         ) from None
-    from transformers.quantizers import AutoHfQuantizer
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     AutoHfQuantizer.from_config(quantization, pre_quantized=False).preprocess_model(model=model, device_map=None)
     model.is_loaded_in_4bit = True  # as transformers does at the end: PEFT looks at it

@@ -82,8 +82,8 @@ def memory_report(config: Config, *, gpu_memory: str | None = None, gpus: int | 
         raise ConfigError(_too_small(config, hf_config, computes, room, dict.fromkeys(shapes, 1), peak))
     found = memory(config, needs, shapes, ranks)
     largest = {}
-    if limit is not None:
-        largest = {name: _largest(lambda n, name=name: peak(needs, config, {name: n}) <= limit) for name in shapes}
+    for name in shapes if limit is not None else ():
+        largest[name] = _largest(lambda n, name=name: peak(needs, config, {name: n}) <= (limit or 0))
     result = {
         "peak_bytes": found["peak"],
         "items": found["items"],

@@ -93,7 +93,7 @@ class Needs:
     def __init__(self, skeleton: Skeleton, target: Target, checkpointing: bool):
         self.skeleton, self._target, self.checkpointing = skeleton, target, checkpointing
 
-    def above(self, shape: Shape, logits_limit: int = LOGITS) -> dict[str, int]:
+    def above(self, shape: Shape, logits_limit: int | None = LOGITS) -> dict[str, int]:
         """Bytes above weights, gradients and optimizer of a stream's forward and backward.
 
         Returns:
@@ -107,7 +107,7 @@ class Needs:
         live = self._course(shape.blocks, False).block(rows, width) if self.checkpointing else 0
         logits = 0
         if shape.blocks is None:
-            labels = rows * width if shape.labels is None else shape.labels
+            labels = rows * width if shape.labels is None or logits_limit is None else shape.labels
             logits = logits_bytes(labels, self.skeleton.text_config.vocab_size, self.skeleton.itemsize, logits_limit)
         elif rows < shape.rows_per_step:  # the gradient of all vectors of the step, from the first pass
             gradients = 4 * shape.rows_per_step * self.skeleton.text_config.hidden_size
@@ -213,14 +213,15 @@ def quantization_of(config: ModelConfig, dtype: torch.dtype) -> Any:
     )
 
 
-def logits_limit(config: Config) -> int:
-    """Bytes of logits that the task's loss makes at once."""
+def logits_limit(config: Config) -> int | None:
+    """Bytes of logits that the task's loss makes at once; None: those of all tokens."""
     return LOGITS
 
 
-def logits_bytes(label_rows: int, vocab: int, itemsize: int, limit: int) -> int:
-    """Bytes of the logits of a forward: of rows with a label only, with their softmax in fp32 and their gradient."""
-    return min(label_rows * vocab * (2 * itemsize + 4), limit)
+def logits_bytes(label_rows: int, vocab: int, itemsize: int, limit: int | None) -> int:
+    """Bytes of the logits of a forward at once: with their softmax in fp32 and their gradient, up to the limit."""
+    whole = label_rows * vocab * (2 * itemsize + 4)
+    return whole if limit is None else min(whole, limit)
 
 
 class _Key:
