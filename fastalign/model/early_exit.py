@@ -202,6 +202,11 @@ def _is_verified(parts: _Parts, layers: tuple[int, ...]) -> bool:
     return (layers, parts.owner.training) in _verified.get(parts.causal, ())
 
 
+def _is_empty(parts: _Parts) -> bool:
+    """Whether the model is on the meta device, where no state has a content that could be compared."""
+    return any(weight.is_meta for weight in parts.causal.parameters())
+
+
 _Forward = Callable[[list[nn.Module], dict[str, Any]], Any]  # of (stand-ins of the norms, decoder arguments)
 
 
@@ -272,7 +277,7 @@ def _run(
 ) -> tuple[Any, dict[int, Tensor]]:
     """Call the decoder: its output, and the states of `layers`; watched unless verified before."""
     last, states = layers[-1], {}
-    watch = None if _is_verified(parts, layers) else _Watch(parts, layers)
+    watch = None if _is_verified(parts, layers) or _is_empty(parts) else _Watch(parts, layers)
     handles = watch.install(norms) if watch else []
     for tap in layers[:-1]:
         hook = lambda _m, _a, out, tap=tap: states.update({tap: _state(out)})  # noqa: E731
@@ -329,6 +334,6 @@ class _Watch:
         for index, copy in self.copies.items():
             state = states[index]
             same = isinstance(state, Tensor) and (state.shape, state.dtype) == (copy.shape, copy.dtype)
-            # what is not a number (rows that are all padding) stays so; on the meta device there are no numbers
-            if not same or not (state.is_meta or torch.equal(state.nan_to_num(), copy.to(state.device).nan_to_num())):
+            # what is not a number (rows that are all padding) stays so
+            if not same or not torch.equal(state.nan_to_num(), copy.to(state.device).nan_to_num()):
                 raise _unsupported(self.parts, f"its decoder changes the state after block {index}")

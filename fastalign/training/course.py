@@ -160,16 +160,11 @@ def _track(skeleton: Skeleton, exits: bool, mode: Mode, rows: int, width: int) -
     hooks = [block.register_forward_pre_hook(lambda *_: marks.append(len(events.deltas))) for block in blocks]
     events.leave_out([*model.parameters(), *model.buffers(), *(weight.grad for weight in model.parameters())])
     try:
-        with _checkpointed(model, meta if mode.checkpointing else None), meta.autocast_known(), meta:
-            if exits and (rows, width) == BATCHES[0]:  # what `hidden_at` does only once
-                with torch.no_grad():
-                    hidden_at(model, len(blocks), **inputs)
-                marks.clear()
-            with events:
-                states = hidden_at(model, len(blocks), **inputs) if exits else _decoded(model, inputs)
-                marks = [*marks, len(events.deltas)]  # a recomputed block is none
-                torch.autograd.backward(states, torch.empty_like(states))
-                del states
+        with _checkpointed(model, meta if mode.checkpointing else None), meta.autocast_known(), meta, events:
+            states = hidden_at(model, len(blocks), **inputs) if exits else _decoded(model, inputs)
+            marks = [*marks, len(events.deltas)]  # a recomputed block is none
+            torch.autograd.backward(states, torch.empty_like(states))
+            del states
     finally:
         for hook in hooks:
             hook.remove()
