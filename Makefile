@@ -89,7 +89,7 @@ gpu: ## on a GPU: tests marked gpu, then every benchmark and the plots; uses $(P
 	bench 50 info_nce --regimes; \
 	bench 70 pooled_info_nce; \
 	bench 25 cross_entropy; \
-	for name in alignment_step cached_negatives; do \
+	for name in alignment_step cached_negatives memory; do \
 	  echo; echo "== bench_$$name"; $(PYTHON) benchmarks/bench_$$name.py || status=$$?; \
 	done; \
 	$(PYTHON) benchmarks/plots.py || status=$$?; \

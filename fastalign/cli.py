@@ -99,10 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.add_argument("config", metavar="CONFIG.yaml", help="the configuration; examples/ has commented ones")
-    train.add_argument(
-        "overrides", metavar="section.key=value", nargs="*", default=[], help="e.g. training.max_steps=100"
-    )
+    _add_config(train)
     train.add_argument(
         "--dry-run",
         action="store_true",
@@ -111,6 +108,26 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--overwrite", action="store_true", help="replace results that the output folder holds")
     _add_json(train)
     train.set_defaults(run=_train, table=lambda result: "\n".join(result.get("lines", ())) or _train_table(result))
+
+    memory = commands.add_parser(
+        "memory",
+        help="the peak memory of a run, item by item, and the batches that fit a GPU",
+        description="Predict the peak memory on each GPU from the model's config alone: no weights are loaded. Shows "
+        "what holds it, a table over batch sizes, and the largest micro-batch of each stream that fits. The rows' "
+        "widths are those of the data where they can be read, else max_length.",
+        epilog="examples:\n"
+        "  fastalign memory config.yaml\n"
+        "  fastalign memory config.yaml --gpu-memory 8GB model.quantization=nf4\n"
+        "  fastalign memory config.yaml --gpus 4 training.gradient_checkpointing=true --json\n\n"
+        "The peak is what tensors hold. What the driver takes is shown beside it, and 5% of a GPU is kept free.\n"
+        "Exit code 2: the GPU cannot hold the model with one row a forward; the line says what would fit.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_config(memory)
+    memory.add_argument("--gpu-memory", metavar="SIZE", help="e.g. 8GB, 24G; default: the GPU here, if there is one")
+    memory.add_argument("--gpus", type=_count, metavar="N", help="of the run; default: those of the launch")
+    _add_json(memory)
+    memory.set_defaults(run=_memory, table=lambda result: "\n".join(result["lines"]))
 
     init = commands.add_parser(
         "init",
@@ -164,6 +181,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(doctor)
     doctor.set_defaults(run=_doctor, table=_doctor_table)
     return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the configuration; examples/ has commented ones")
+    parser.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", default=[], help="e.g. training.max_steps=100"
+    )
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -233,6 +257,13 @@ def _train_table(summary: Summary) -> str:
     return "\n".join(lines)
 
 
+def _memory(arguments: argparse.Namespace) -> Summary:
+    from fastalign.training.capacity import memory_report
+
+    config = load_config(arguments.config, arguments.overrides)
+    return memory_report(config, gpu_memory=arguments.gpu_memory, gpus=arguments.gpus)
+
+
 def _init(arguments: argparse.Namespace) -> Summary:
     from fastalign.starter import write_starter
 
@@ -273,6 +304,13 @@ def _doctor_table(found: Summary) -> str:
     from fastalign.doctor import table
 
     return table(found)
+
+
+def _count(text: str) -> int:
+    """Of an option: a whole number from 1 on."""
+    if not text.isdecimal() or not 1 <= int(text) < 10**6:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
+    return int(text)
 
 
 def _seconds(text: str) -> float:

@@ -68,6 +68,30 @@ def num_layers(model: nn.Module) -> int:
     return open_exits[causal] if causal in open_exits else len(locate(causal).blocks)
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of the causal LM in `model`, from below. Raises ModelError as `num_layers` does."""
+    return locate(unwrap(model)).blocks
+
+
+@contextmanager
+def first_blocks(model: nn.Module, count: int) -> Iterator[None]:
+    """Inside the `with`, the model consists of its first `count` blocks, final norm and head; else nothing changes."""
+    parts = locate(unwrap(model))
+    configs: list[Any] = [parts.causal.config.get_text_config(), getattr(parts.owner, "config", None)]  # type: ignore[union-attr]
+    configs = [config for config in configs if hasattr(config, "num_hidden_layers")]
+    depths = [config.num_hidden_layers for config in configs]
+    whole = parts.owner._modules[parts.list_name]
+    try:
+        parts.owner._modules[parts.list_name] = nn.ModuleList(parts.blocks[:count])
+        for config in configs:
+            config.num_hidden_layers = count
+        yield
+    finally:
+        parts.owner._modules[parts.list_name] = whole
+        for config, depth in zip(configs, depths, strict=True):
+            config.num_hidden_layers = depth
+
+
 @contextmanager
 def early_exit(model: nn.Module, layer: int) -> Iterator[None]:
     """Inside the `with`, calling `model` runs blocks 1..layer only, without final norm and head.
@@ -156,6 +180,11 @@ def _is_verified(parts: Parts, layers: tuple[int, ...]) -> bool:
     return (layers, parts.owner.training) in _verified.get(parts.causal, ())
 
 
+def _is_empty(parts: Parts) -> bool:
+    """Whether the model is on the meta device, where no state has a content that could be compared."""
+    return any(weight.is_meta for weight in parts.causal.parameters())
+
+
 _Forward = Callable[[list[nn.Module], dict[str, Any]], Any]  # of (stand-ins of the norms, decoder arguments)
 
 
@@ -190,7 +219,7 @@ def _run(
 ) -> tuple[Any, dict[int, Tensor]]:
     """Call the decoder: its output, and the states of `layers`; watched unless verified before."""
     last, states = layers[-1], {}
-    watch = None if _is_verified(parts, layers) else _Watch(parts, layers)
+    watch = None if _is_verified(parts, layers) or _is_empty(parts) else _Watch(parts, layers)
     handles = watch.install(norms) if watch else []
     for tap in layers[:-1]:
         hook = lambda _m, _a, out, tap=tap: states.update({tap: first_of(out)})  # noqa: E731

@@ -15,7 +15,7 @@ from fastalign.config import AdapterConfig, ModelConfig
 from fastalign.config.hub import asking_hub, may_ask_hub, offline
 from fastalign.errors import ConfigError, FastalignError, ModelError
 from fastalign.model.quantization import computing_in, nf4, require_quantization, stored_quantization
-from fastalign.model.shortening import head_name, is_short, name_targets, short_class, shortened, skeleton
+from fastalign.model.shortening import head_name, is_short, name_targets, short_class, shortened, without_weights
 from fastalign.model.soundness import (
     pickled_only,
     refuse_incomplete,
@@ -113,21 +113,20 @@ def load_model(config: ModelConfig, device: torch.device = CPU, blocks: int | No
     if os.path.isdir(config.name_or_path):
         refuse_pickled(config.name_or_path, Path(config.name_or_path))
     with _reaching(config, "model"), _access(config, "model"):
-        dtype, stored = compute_dtype(config, device), stored_quantization(hf_config)
+        dtype = compute_dtype(config, device)
         options: dict[str, Any] = {"dtype": dtype, **_origin(config)}
         if config.attn_implementation != "auto":
             options["attn_implementation"] = config.attn_implementation
         model_class: Any = AutoModelForCausalLM
-        head = None
+        packed = packing(config, hf_config, dtype, blocks, sharded=is_deepspeed_zero3_enabled())
         if blocks is not None:
-            head = head_name(skeleton(hf_config, blocks))
             model_class, hf_config = short_class(hf_config, blocks), shortened(hf_config, blocks)
-        if stored is not None:
-            hf_config = computing_in(hf_config, dtype, skipped=head)
-        elif config.quantization == "nf4":
-            options["quantization_config"] = nf4(dtype, sharded=is_deepspeed_zero3_enabled(), skipped=head)
-        if stored is not None or config.quantization == "nf4":
+        if packed is not None:
             options["device_map"] = {"": device}
+        if stored_quantization(hf_config) is not None:
+            hf_config.quantization_config = packed
+        elif packed is not None:
+            options["quantization_config"] = packed
         loaded: Any = model_class.from_pretrained(
             config.name_or_path,
             config=hf_config,
@@ -145,6 +144,26 @@ def load_model(config: ModelConfig, device: torch.device = CPU, blocks: int | No
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return model.requires_grad_(False)
+
+
+def packing(
+    config: ModelConfig,
+    hf_config: PretrainedConfig,
+    dtype: torch.dtype,
+    blocks: int | None = None,
+    *,
+    sharded: bool = False,
+) -> Any:
+    """What transformers is told of a base in 4 or 8 bits; None of another.
+
+    Args:
+        config: which model, and in which format. hf_config: of the whole model, from transformers.
+        dtype: that it computes in. blocks: that are loaded; None: all, and the head. sharded: as for `quant_storage`.
+    """
+    skipped = None if blocks is None else head_name(without_weights(hf_config, blocks))
+    if stored_quantization(hf_config) is not None:
+        return computing_in(hf_config, dtype, skipped)
+    return nf4(dtype, sharded=sharded, skipped=skipped) if config.quantization == "nf4" else None
 
 
 def add_adapter(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:

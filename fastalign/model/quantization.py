@@ -6,7 +6,6 @@ nothing makes a copy of them in fp32: what is frozen and read only needs none.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -103,18 +102,16 @@ def quant_storage(dtype: torch.dtype, *, sharded: bool) -> torch.dtype:
 
 def computing_in(
     hf_config: PretrainedConfig, dtype: torch.dtype, skipped: Sequence[str] | None = None
-) -> PretrainedConfig:
-    """The configuration of a quantised checkpoint, with the number format that this run computes in.
+) -> dict[str, Any]:
+    """The settings of a quantised checkpoint, with the number format that this run computes in.
 
     Args:
         skipped: as for `nf4`, where the checkpoint does not say.
     """
-    changed = copy.deepcopy(hf_config)
-    settings = {**_settings(changed), "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+    settings = {**_settings(hf_config), "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
     if skipped is not None and settings.get("llm_int8_skip_modules") is None:
         settings["llm_int8_skip_modules"] = [*skipped]
-    changed.quantization_config = settings
-    return changed
+    return settings
 
 
 def _settings(hf_config: Any) -> Mapping[str, Any]:

@@ -58,7 +58,7 @@ def why_whole(hf_config: PretrainedConfig, blocks: int) -> str | None:
     if hf_config.model_type not in FAMILIES or getattr(hf_config, "auto_map", None):
         return f"models of type {hf_config.model_type} have not been tried with fewer blocks"
     try:
-        whole, short = skeleton(hf_config), skeleton(hf_config, blocks)
+        whole, short = without_weights(hf_config), without_weights(hf_config, blocks)
         parts = locate(short)
     except (FastalignError, ValueError, TypeError, LookupError, AttributeError) as error:
         return f"it cannot be built with {blocks} blocks ({type(error).__name__}: {error})"
@@ -80,14 +80,18 @@ def _traits(module: nn.Module) -> dict[str, Any]:
     return {**plain, "class": type(module), **{f".{name}": (t.shape, t.dtype) for name, t in tensors.items()}}
 
 
-def skeleton(hf_config: PretrainedConfig, blocks: int | None = None) -> PreTrainedModel:
-    """The model on PyTorch's meta device, where tensors have a shape and no content: whole, or up to a block."""
+def without_weights(hf_config: PretrainedConfig, blocks: int | None = None, **options: Any) -> PreTrainedModel:
+    """The model on PyTorch's meta device, where tensors have a shape and no content: whole, or up to a block.
+
+    Args:
+        options: of transformers' `from_config`, such as dtype.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         if blocks is None:
-            return AutoModelForCausalLM.from_config(copy.deepcopy(hf_config))
-        return short_class(hf_config, blocks)._from_config(shortened(hf_config, blocks))
+            return AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), **options)
+        return short_class(hf_config, blocks)._from_config(shortened(hf_config, blocks), **options)
 
 
 def shortened(hf_config: PretrainedConfig, blocks: int) -> PretrainedConfig:

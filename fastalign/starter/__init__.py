@@ -17,7 +17,7 @@ from fastalign.config.checks import BLANK
 from fastalign.config.hub import offline
 from fastalign.data.text import listed
 from fastalign.data.tokenization import PromptTokenizer
-from fastalign.errors import ConfigError
+from fastalign.errors import ConfigError, ModelError
 from fastalign.model.encode import resolve_layer
 from fastalign.starter.fit import STEP, Fit, Needs, fit, unknown_model
 from fastalign.starter.known import Machine, Model, find_machine, find_model
@@ -185,7 +185,11 @@ def _fit(known: Model, machine: Machine, widths: dict[str, int], batch: int, lin
         return unknown_model(machine.on_gpu)
     blocks = resolve_layer("middle", known.hf_config.get_text_config().num_hidden_layers)
     needs = Needs(known.name, known.hf_config, machine.dtype, widths, blocks, batch)
-    fitted = fit(needs, machine.memory, machine.on_gpu)
+    try:
+        fitted = fit(needs, machine.memory, machine.on_gpu)
+    except ModelError as error:
+        lines.append(f"{error}, so careful settings were taken")
+        return unknown_model(machine.on_gpu)
     kept = [
         *(["the base in 4 bits"] if fitted.quantization == "nf4" else []),
         *(["gradient checkpointing"] if fitted.checkpointing else []),
@@ -222,7 +226,5 @@ def _training(fitted: Fit, out: str) -> Entries:
 
 def _head(fitted: Fit, machine: Machine) -> list[str]:
     if fitted.peak is None:
-        return ["Written by `fastalign init`, with careful settings: the model was not there to look at."]
-    return [
-        f"Written by `fastalign init` for {machine.where}; predicted, within about a third: {gigabytes(fitted.peak)}."
-    ]
+        return ["Written by `fastalign init`, with careful settings: the model could not be looked at."]
+    return [f"Written by `fastalign init` for {machine.where}; predicted peak: {gigabytes(fitted.peak)}."]

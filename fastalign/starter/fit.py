@@ -10,10 +10,9 @@ import torch
 
 from fastalign.config import config_from_dict
 from fastalign.errors import ConfigError
-from fastalign.training.forecast import Shape, Size, memory, size_of
 from fastalign.training.memory import gigabytes
+from fastalign.training.needs import Shape, Target, memory, memory_for, needs_of, usable
 
-SHARE = 0.85  # of the memory that the prediction may fill
 STEP = 16  # rows of the task in an optimizer step
 ENOUGH = (4, 16)  # rows and pairs of a forward: to get more, nothing is given up
 # (quantization, gradient checkpointing), in the order of what they cost.
@@ -55,7 +54,7 @@ def unknown_model(on_gpu: bool) -> Fit:
 
 
 def fit(needs: Needs, room: int, on_gpu: bool) -> Fit:
-    """The settings that cost least and keep the predicted peak below `SHARE` of the memory.
+    """The settings that cost least and keep the predicted peak below what of the memory is usable.
 
     More memory never gives a smaller forward: one beyond `ENOUGH` is only taken where nothing was given up for it.
 
@@ -65,20 +64,22 @@ def fit(needs: Needs, room: int, on_gpu: bool) -> Fit:
     Raises:
         ConfigError: nothing helps; says what is needed, and what would fit.
     """
-    limit = SHARE * room
-    sizes: dict[str, Size] = {}
+    limit = usable(room, on_gpu)
+    half = needs.dtype if needs.dtype.itemsize == 2 else None
+    computes = Target(needs.dtype, half if on_gpu else None, on_gpu)
+    weights: dict[str, int] = {}
 
     def peak(quantization: str, checkpointing: bool, rows: int, pairs: int) -> int:
         raw = {"model": {"quantization": quantization}, "training": {"gradient_checkpointing": checkpointing}}
         config = config_from_dict(raw)
-        if quantization not in sizes:
-            sizes[quantization] = size_of(config, needs.hf_config, needs.dtype)
+        found = needs_of(config, needs.hf_config, computes)
+        weights[quantization] = found.skeleton.weights
         shapes = {
             "task": Shape(STEP, rows, needs.widths.get("task", 0)),
             "alignment": Shape(2 * needs.batch, 2 * pairs, needs.widths.get("alignment", 0), needs.blocks),
         }
         wanted = {name: shape for name, shape in shapes.items() if shape.width and shape.rows_per_forward}
-        return int(memory(config, sizes[quantization], wanted)["peak"])
+        return int(memory(config, found, wanted)["peak"])
 
     enough = (ENOUGH[0], min(ENOUGH[1], needs.batch))
     most = (STEP, needs.batch) if on_gpu else enough
@@ -93,7 +94,7 @@ def fit(needs: Needs, room: int, on_gpu: bool) -> Fit:
         if rows and pairs:
             return Fit(*rung, rows, pairs, peak(*rung, rows, pairs))
     least = peak(*rungs[-1], 1, 1)
-    raise ConfigError(_too_large(needs, room, on_gpu, least, sizes[rungs[-1][0]]))
+    raise ConfigError(_too_large(needs, room, on_gpu, least, weights[rungs[-1][0]]))
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int | None:
@@ -101,14 +102,15 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int | None:
     return next((count for count in halves if fits(count)), None)
 
 
-def _too_large(needs: Needs, room: int, on_gpu: bool, least: int, size: Size) -> str:
+def _too_large(needs: Needs, room: int, on_gpu: bool, least: int, weights: int) -> str:
     """What to say of a model that cannot fit."""
-    wanted = gigabytes(least / SHARE)
+    wanted = gigabytes(memory_for(least, on_gpu))
     spared = "model.quantization: nf4, gradient checkpointing and" if on_gpu else "gradient checkpointing and"
     lengths = " and ".join(f"{name}.max_length {width:,}" for name, width in needs.widths.items())
-    beside = least - size.base
+    beside = least - weights
     words = f"{needs.name!r} does not fit into {gigabytes(room)}: even with {spared} one row a forward "
     words += f"({lengths}) it needs about {gigabytes(least)}, so take {'a GPU' if on_gpu else 'a machine'} of {wanted}"
-    if SHARE * room > 1.5 * beside:
-        return f"{words}, or a model of at most {(SHARE * room - beside) / size.base:.0%} of its size"
+    left = usable(room, on_gpu) - beside
+    if left > beside / 2:
+        return f"{words}, or a model of at most {left / weights:.0%} of its size"
     return f"{words}, a smaller model, or shorter rows"

@@ -16,7 +16,8 @@ import torch
 from fastalign.errors import RunError
 from fastalign.streams.base import MicroBatch, Stream
 from fastalign.training.checkpoint import how_to_continue, last_checkpoint
-from fastalign.training.memory import activation_bytes, free_bytes, gigabytes
+from fastalign.training.memory import free_bytes, gigabytes
+from fastalign.training.needs import Shape, needs_of_model
 
 STOPPED = "stopped.json"
 SHOWN = 5  # rows that a message names
@@ -59,16 +60,8 @@ def out_of_memory(why: str, moment: Moment | None, model: Any, args: Any) -> Run
     rows, width = micro_batch.inputs["input_ids"].shape
     model_config = model.config.get_text_config()
     blocks = stream.blocks or model_config.num_hidden_layers
-    half = args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16)
-    predicted = activation_bytes(
-        model_config,
-        rows,
-        width,
-        blocks,
-        itemsize=2 if half else 4,
-        checkpointing=args.gradient_checkpointing,
-        logits=stream.blocks is None,
-    )
+    shape = Shape(rows, rows, width, stream.blocks, labels=micro_batch.items if stream.blocks is None else None)
+    predicted = _predicted(model, args, shape)
     free = free_bytes(device)
     if device.type == "cuda":
         free += torch.cuda.memory_allocated(device) - moment.allocated
@@ -79,10 +72,19 @@ def out_of_memory(why: str, moment: Moment | None, model: Any, args: Any) -> Run
     return RunError(
         f"out of memory in the {stream.name} stream at step {moment.step} ({why}): a forward of {rows} x "
         f"{width} = {rows * width:,} tokens ({micro_batch.tokens:,} without padding) through {blocks} layers; "
-        f"predicted {predicted:,} bytes above the weights ({gigabytes(predicted)}), free were {free:,} "
+        f"{predicted}free were {free:,} "
         f"({gigabytes(free)}); "
         f"{', or '.join(keys)}; {go_on}"
     )
+
+
+def _predicted(model: Any, args: Any, shape: Shape) -> str:
+    """What there is to say of a forward's needs; nothing where the model's code cannot be looked at."""
+    try:
+        count = needs_of_model(model, args).above(shape)["peak"]
+    except Exception:  # whatever goes wrong here must not hide that memory ran out
+        return ""
+    return f"predicted {count:,} bytes above the weights ({gigabytes(count)}), "
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from typing import Any
 
@@ -13,14 +13,14 @@ from fastalign.config.hub import offline_run
 from fastalign.data.text import shown
 from fastalign.data.tokenization import IGNORE_INDEX
 from fastalign.errors import ConfigError
-from fastalign.model.shortening import shortened
 from fastalign.streams.base import MicroBatch, Stream
 from fastalign.training.checkpoint import checkpoint_to_resume
-from fastalign.training.forecast import Shape, forecast
+from fastalign.training.forecast import forecast
 from fastalign.training.memory import free_bytes, gigabytes
+from fastalign.training.needs import Shape
 from fastalign.training.output import require_free_folder
 from fastalign.training.plan import plan, plan_lines
-from fastalign.training.prepare import prepare, require_data
+from fastalign.training.prepare import Prepared, prepare, require_data
 
 EXAMPLES = 3  # of each stream
 MEASURED = 1_000  # rows of each stream whose tokens are counted
@@ -53,8 +53,7 @@ def dry_run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
         refused.append(f"but `train` would stop here: {error}")
     run = prepare(config)
     planned = plan(run.schedule, run.streams, run.steps, run.args.world_size)
-    loaded = run.hf_config if run.blocks is None else shortened(run.hf_config, run.blocks)
-    found = preview(run.config, loaded, run.tokenizer, run.streams, planned, run.args)
+    found = preview(run, planned)
     blocks = run.hf_config.get_text_config().num_hidden_layers
     aligned = "" if run.schedule.mode == "task_only" else f"; aligned at layer {run.layer} of {blocks}"
     return {
@@ -81,49 +80,38 @@ def dry_run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     }
 
 
-def preview(
-    config: Config, hf_config: Any, tokenizer: Any, streams: Mapping[str, Stream], planned: Mapping[str, Any], args: Any
-) -> dict[str, Any]:
+def preview(run: Prepared, planned: Mapping[str, Any]) -> dict[str, Any]:
     """Token counts, examples, and what the run will need.
 
     Args:
-        config: with the effective ``training`` section.
-        hf_config: of what is loaded, from transformers. tokenizer: of the model.
-        streams: by name. planned: those that are trained on, as `plan` describes them.
-        args: `transformers.TrainingArguments`.
+        run: up to its model. planned: its streams that are trained on, as `plan` describes them.
 
     Returns:
         ``{"streams": {name: {"rows_measured", "tokens": {quantile: count}, "marked_share", "examples": [{"where",
         "language", "parts": [[text, whether it is trained on or pooled]]}]}}, "trainable", "seconds", "memory",
-        "free_bytes"}``; seconds and memory as `forecast` says.
+        "unknown", "free_bytes"}``; seconds, memory and unknown as `forecast` says.
     """
     looks, shapes = {}, {}
     for name in planned:
-        stream = streams[name]
+        stream = run.streams[name]
         examples: list[dict[str, Any]] = []
         batches = []
-        for batch in _first_batches(stream, planned[name]["rows"] or MEASURED, args.world_size):
+        for batch in first_batches(stream, planned[name]["rows"] or MEASURED, run.args.world_size):
             batches.append(batch)
             if len(examples) < EXAMPLES:  # now: a stream forgets the rows it is done with
-                examples += islice(_examples(stream, batch, tokenizer), EXAMPLES - len(examples))
+                examples += islice(_examples(stream, batch, run.tokenizer), EXAMPLES - len(examples))
         looks[name] = {**_look(batches), "examples": examples}
-        sides = 2 if name == "alignment" else 1
-        widths = [batch.inputs["input_ids"].shape[1] for batch in batches]
-        shapes[name] = Shape(
-            rows_per_step=sides * stream.rows_per_step,
-            rows_per_forward=sides * min(stream.micro_batch_size, stream.rows_per_step),
-            width=max(widths),
-            usual_width=sum(widths) / len(widths),
-            blocks=stream.blocks,
-        )
+        shapes[name] = shape_of(stream, batches)
     steps = {name: row["steps"] for name, row in planned.items()}
-    needs = forecast(config, hf_config, shapes, steps, args.device)
+    ranks = run.args.world_size
+    needs = forecast(run.config, run.hf_config, shapes, steps, run.args.device, ranks=ranks, blocks=run.blocks)
     return {
         "streams": looks,
         "trainable": needs["trainable"],
         "seconds": needs["seconds"],
         "memory": needs["memory"],
-        "free_bytes": free_bytes(args.device),
+        "unknown": needs["unknown"],
+        "free_bytes": free_bytes(run.args.device),
     }
 
 
@@ -142,25 +130,37 @@ def preview_lines(found: Mapping[str, Any]) -> list[str]:
             lines.append(f"  {example['where']} ({example['language']})")
             lines.append(f"    {shown(text, LONGEST)}")
     memory = found["memory"]
-    parts = {name: count for name, count in memory.items() if name not in ("peak", "activations")}
-    parts |= {f"activations, {name}": count for name, count in memory["activations"].items()}
-    lines += [
-        "",
-        f"trainable   {found['trainable']:,} numbers in the adapter",
-        f"memory      about {gigabytes(memory['peak'])} "
-        f"({', '.join(f'{name} {gigabytes(count)}' for name, count in parts.items())}); "
-        f"free now {gigabytes(found['free_bytes'])}",
-        f"time        about {_duration(found['seconds'])} for the steps; a rough number, without evaluation",
-    ]
-    if memory["peak"] > found["free_bytes"]:
+    free = gigabytes(found["free_bytes"])
+    lines += ["", f"trainable   {found['trainable']:,} numbers in the adapter"]
+    if memory is None:
+        lines.append(f"memory      {found['unknown']}; free now {free}")
+    else:
+        parts = ", ".join(f"{name} {gigabytes(count)}" for name, count in memory["items"].items() if count)
+        lines.append(f"memory      about {gigabytes(memory['peak'])} ({parts}); free now {free}")
+    lines.append(f"time        about {_duration(found['seconds'])} for the steps; a rough number, without evaluation")
+    if memory is not None and memory["peak"] > found["free_bytes"]:
         lines.append(
             "this will not fit: lower alignment.micro_batch_size and training.per_device_train_batch_size, set "
-            "training.gradient_checkpointing: true or model.quantization: nf4"
+            "training.gradient_checkpointing: true or model.quantization: nf4; fastalign memory shows what would"
         )
     return lines
 
 
-def _first_batches(stream: Stream, there: int, world_size: int) -> Iterator[MicroBatch]:
+def shape_of(stream: Stream, batches: Sequence[MicroBatch]) -> Shape:
+    """What a stream puts through the model, by the first batches of it."""
+    sides = 2 if stream.name == "alignment" else 1
+    widths = [batch.inputs["input_ids"].shape[1] for batch in batches]
+    return Shape(
+        rows_per_step=sides * stream.rows_per_step,
+        rows_per_forward=sides * min(stream.micro_batch_size, stream.rows_per_step),
+        width=max(widths),
+        usual_width=sum(widths) / len(widths),
+        blocks=stream.blocks,
+        labels=max(batch.items for batch in batches) if stream.blocks is None else None,
+    )
+
+
+def first_batches(stream: Stream, there: int, world_size: int) -> Iterator[MicroBatch]:
     """Of the run, until they hold `MEASURED` rows or about as many as there are."""
     rows = 0
     for index in range(STEPS):
