@@ -142,7 +142,8 @@ def test_inside_wrappers_and_with_an_adapter_on_the_head(dtype: torch.dtype, aut
 @pytest.mark.slow
 def test_compiled() -> None:
     torch._dynamo.reset()
-    model, compiled = build("llama"), torch.compile(build("llama"), backend="eager")
+    model = build("llama")
+    compiled: Any = torch.compile(build("llama"), backend="eager")
     wanted = gradients(model, plain(model, labelled()))
     for _ in range(2):
         given = gradients(compiled, ours(compiled, labelled(), 3500))
@@ -401,7 +402,7 @@ def test_first_use_leaves_no_trace() -> None:
     lora = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5, init_lora_weights=False)
     base = build("opt", dropout=0.5).train()
     lora.target_modules = ["q_proj", "lm_head"]
-    model = get_peft_model(base, lora)
+    model: Any = get_peft_model(base, lora)
     model.base_model.model.model.decoder.layers[1].eval()
     modes = [module.training for module in model.modules()]
     losses = []
