@@ -98,7 +98,16 @@ class Case:
         )
         self.streams = {
             "alignment": AlignmentStream([], [], nothing, nothing, settings, [options.layer], accumulation=1),
-            "task": TaskStream([], [], tokenizer, nothing, micro_batch_size=1, accumulation=1, eval_batch_size=1),
+            "task": TaskStream(
+                [],
+                [],
+                tokenizer,
+                nothing,
+                micro_batch_size=1,
+                accumulation=1,
+                eval_batch_size=1,
+                logits_memory=256 * 10**6,
+            ),
         }
 
     @property

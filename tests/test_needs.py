@@ -15,8 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from fastalign.config import Config, config_from_dict
 from fastalign.model.early_exit import blocks_of, hidden_at
+from fastalign.model.head import through_head
 from fastalign.model.loading import add_adapter, load_model, load_model_config
-from fastalign.training.needs import Needs, Shape, Target, logits_bytes, memory, needs_of, needs_of_model, target
+from fastalign.objectives.cross_entropy import ChunkedCrossEntropy
+from fastalign.training.needs import Needs, Shape, Target, logits_at_once, memory, needs_of, needs_of_model, target
 
 CPU = torch.device("cpu")
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -66,6 +68,47 @@ def test_base_adapter_and_optimizer_are_the_loaded_ones_to_the_byte(
     assert items["optimizer"] == sum(kept.values())
     assert items["embedding"] == 150 * 192 * getattr(torch, dtype).itemsize and bool(items["head"]) != tied
     assert needs_of_model(model, TrainingArguments(str(tmp_path), use_cpu=True)).skeleton.weights == sum(base.values())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("quantization", "adapter", "blocks", "stored"),
+    [
+        ("none", "float32", 2, False),
+        ("nf4", "bfloat16", 2, False),
+        ("none", "auto", None, True),
+        ("nf4", "auto", 1, True),
+    ],
+)
+def test_shortened_and_stored_bases_to_the_byte(
+    quantization: str, adapter: str, blocks: int | None, stored: bool, tied: bool, tmp_path: Path
+) -> None:
+    """What `align_only` loads, adapters of 16 bits, and checkpoints that are in 4 bits already."""
+    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    size: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 300, "num_hidden_layers": 3, "vocab_size": 150}
+    LlamaForCausalLM(
+        LlamaConfig(**size, num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=tied)
+    ).save_pretrained(tmp_path)
+    if stored:
+        packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")  # scales that are not packed again
+        LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=packed).save_pretrained(tmp_path)
+    config = config_from_dict(
+        {
+            "model": {"name_or_path": str(tmp_path), "quantization": quantization, "dtype": "bfloat16"},
+            "adapter": {"dtype": adapter},
+        }
+    )
+    model = add_adapter(load_model(config.model, blocks=blocks), config.adapter)
+    held: dict[int, int] = {}
+    for weight in model.parameters():
+        held |= storages(weight)
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            held |= storages(state.absmax, state.code, state.offset)
+            held |= storages(state.state2.absmax, state.state2.code) if state.nested else {}
+    needs = needs_of(config, load_model_config(config.model), target(config, CPU), blocks)
+    assert needs.skeleton.weights + needs.skeleton.adapter == sum(held.values())
 
 
 def family(name: str, hidden: int, inner: int) -> Any:
@@ -218,10 +261,24 @@ def test_peak_is_within_a_tenth_of_what_the_allocator_counts(
         assert 0.9 < found / measured < 1.1, (blocks, found, measured)
 
 
-def test_logits_are_those_of_the_labels_up_to_the_limit() -> None:
-    assert logits_bytes(10, 1000, 2, 10**9) == 10 * 1000 * 8
-    assert logits_bytes(10_000, 128_256, 2, None) == 10_000 * 128_256 * 8
-    assert logits_bytes(10_000, 128_256, 2, 256 * 10**6) == 256 * 10**6
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_logits_are_what_the_loss_makes_of_its_rows_up_to_the_limit(name: str, dtype: torch.dtype) -> None:
+    """A row as `ChunkedCrossEntropy` counts it; the heads with and without soft-capping."""
+    from transformers import AutoModelForCausalLM
+
+    hf_config = family(name, 128, 352)
+    model: Any = AutoModelForCausalLM.from_config(hf_config, dtype=dtype).requires_grad_(False)
+    measured = []
+    rows = torch.ones(2, 4, dtype=torch.long)
+    through_head(
+        model,
+        lambda states, head: measured.append(ChunkedCrossEntropy(10**9).row_bytes(states[0], head)) or states.sum(),
+        input_ids=rows,
+    )
+    assert logits_at_once(7, hf_config, dtype.itemsize, 10**9) == 7 * measured[0]
+    assert logits_at_once(10**6, hf_config, dtype.itemsize, 10**8) == 10**8
+    assert logits_at_once(7, hf_config, dtype.itemsize, None) == 7 * 300 * (2 * dtype.itemsize + 4)
 
 
 def test_zero_parts_gradients_and_optimizer_and_ddp_copies_the_gradients(raw_config: dict) -> None:

@@ -23,8 +23,9 @@ from fastalign.model.loading import add_adapter, load_model, load_model_config
 from fastalign.model.shortening import is_short, why_whole
 from fastalign.training.preview import dry_run
 from fastalign.training.run import train
-from tests import test_early_exit as early
-from tests.test_early_exit import MOE, batch, build, valid
+from tests import families
+from tests.families import MOE, batch, build
+from tests.test_early_exit import valid
 
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "topk_group": 1}
@@ -56,7 +57,7 @@ WHOLE = {("qwen2", 1), ("olmo3", 1), ("gemma3_text", 1), ("smollm3", 1)}
 
 def saved(family: str, folder: Path, **changes: Any) -> Path:
     if family in MORE:
-        early.FAMILIES.setdefault(family, MORE[family])
+        families.FAMILIES.setdefault(family, MORE[family])
     build(family, **changes).save_pretrained(folder)
     return folder
 
@@ -83,7 +84,7 @@ def bytes_of(parameters: Any) -> int:
 
 
 def test_every_family_is_tried() -> None:
-    assert {*early.FAMILIES, *MORE} == shortening.FAMILIES and {*FAST} <= shortening.FAMILIES
+    assert {*families.FAMILIES, *MORE} == shortening.FAMILIES and {*FAST} <= shortening.FAMILIES
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_a_block_that_would_be_another_one_is_noticed(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("shard", ["1GB", "20KB"])
 def test_nothing_above_is_read(tied: bool, shard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in one file nor in several; what is there may be ruined."""
-    early.build("llama", tie_word_embeddings=tied).save_pretrained(tmp_path, max_shard_size=shard)
+    build("llama", tie_word_embeddings=tied).save_pretrained(tmp_path, max_shard_size=shard)
     wanted = states(load(tmp_path), [2])
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (len(files) > 3) == (shard == "20KB")

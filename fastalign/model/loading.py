@@ -138,12 +138,23 @@ def load_model(config: ModelConfig, device: torch.device = CPU, blocks: int | No
         model, report = loaded
     refuse_incomplete(config.name_or_path, report)
     refuse_non_finite(config.name_or_path, model)
+    if stored_quantization(hf_config) is not None:
+        _in_format(model, dtype)
     for module in model.modules():
         # On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weight at its first use in evaluation mode, and
         # the product with a repacked weight has no gradient: training after an evaluation would lack it, silently.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return model.requires_grad_(False)
+
+
+def _in_format(model: Any, dtype: torch.dtype) -> None:
+    """Of a packed checkpoint, transformers leaves what is not packed in the number format that it is stored in."""
+    in_fp32 = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for name, parameter in model.named_parameters():
+        packed = hasattr(parameter, "quant_state") or not parameter.is_floating_point()
+        if not packed and not any(part in name for part in in_fp32):
+            parameter.data = parameter.data.to(dtype)
 
 
 def packing(

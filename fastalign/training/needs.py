@@ -110,7 +110,7 @@ class Needs:
         logits = 0
         if shape.blocks is None:
             labels = rows * width if shape.labels is None or logits_limit is None else shape.labels
-            logits = logits_at_once(labels, self.skeleton.text_config.vocab_size, self.skeleton.itemsize, logits_limit)
+            logits = logits_at_once(labels, self.skeleton.text_config, self.skeleton.itemsize, logits_limit)
         elif rows < shape.rows_per_step:  # the gradient of all vectors of the step, from the first pass
             gradients = 4 * shape.rows_per_step * self.skeleton.text_config.hidden_size
             kept, peak = kept + gradients, peak + gradients
@@ -205,10 +205,19 @@ def _at_worst(stream: Mapping[str, int]) -> dict[str, int]:
     return {"activations": stream["peak"] - stream["logits"], "logits": stream["logits"], "workspace": 0}
 
 
-def logits_at_once(label_rows: int, vocab: int, itemsize: int, limit: int | None) -> int:
-    """Bytes of the logits of a forward at once: with their softmax in fp32 and their gradient, up to the limit."""
-    whole = label_rows * vocab * (2 * itemsize + 4)
-    return whole if limit is None else min(whole, limit)
+def logits_at_once(label_rows: int, text_config: Any, itemsize: int, limit: int | None) -> int:
+    """Bytes of the logits of a forward at once, with their copy in fp32 and their gradient, as far as they are limited.
+
+    Args:
+        label_rows: of a forward: those with a label, or all where there is no limit.
+        text_config: of the decoder. itemsize: of a number of the logits. limit: as `config.logits_bytes` gives it.
+    """
+    if limit is None:  # as transformers makes them: the gradient, too, is that of all
+        return label_rows * text_config.vocab_size * (2 * itemsize + 4)
+    each = 4 + itemsize
+    if getattr(text_config, "final_logit_softcapping", None):  # keeps what it was given, and what it gave
+        each = max(4 + 2 * itemsize, 4 * itemsize)
+    return min(label_rows * text_config.vocab_size * each, limit)
 
 
 class _Key:
