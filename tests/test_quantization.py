@@ -67,7 +67,7 @@ class Watch(TrainerCallback):
         self.model, self.optimizer = model, kwargs["optimizer"]
         control.should_training_stop = state.global_step == self.stop
         tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
-        self.alive |= {(tuple(t.shape), t.dtype) for t in tensors}
+        self.alive |= {(tuple(t.shape), t.dtype) for t in tensors if not t.is_meta}
 
 
 # ------------------------------------------------------------------------------------------------ lean
