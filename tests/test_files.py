@@ -209,11 +209,15 @@ def test_parquet(tmp_path):
         ("a.jsonl", b'{"a": ' * 100_000 + b"\n", "line 1: not JSON that can be parsed"),
         ("a.jsonl", b'{"a": 1}\n' * 5000 + b'{"a": "\xe9"}\n', "line 5001: not UTF-8 (invalid continuation byte)"),
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "line 1: not UTF-8 (invalid start byte); it looks like UTF-16"),
-        ("a.jsonl", gzip.compress(b'{"a": 1}\n'), "line 1: not UTF-8 (invalid start byte); it looks compressed"),
+        (
+            "a.jsonl",
+            gzip.compress(b'{"a": 1}\n', mtime=0),
+            "line 1: not UTF-8 (invalid start byte); it looks compressed",
+        ),
         ("a.jsonl", lzma.compress(b'{"a": 1}\n'), "it looks compressed"),
         ("a.jsonl", b"", "task.data: "),
         ("a.jsonl", b"\n\n", "a.jsonl holds no rows"),
-        ("a.jsonl.gz", gzip.compress(b""), "a.jsonl.gz holds no rows"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "a.jsonl.gz holds no rows"),
         ("a.jsonl.gz", b'{"a": 1}\n', "line 1: cannot be read, perhaps damaged or cut off (Not a gzipped file"),
         ("a.tsv", b"de\n", "a.tsv, line 1: a TSV needs a header"),
         ("a.tsv", b"de\tde\n", "a.tsv, line 1: a TSV needs a header"),
@@ -331,7 +335,7 @@ def test_the_tally_gets_every_file_with_its_hash_and_its_rows(write, tmp_path, m
     pq.write_table(pa.Table.from_pylist([{"a": 1}] * 5), tmp_path / "a.parquet")
     paths = [
         write("a.jsonl", LINES),
-        write("a.jsonl.gz", gzip.compress(LINES)),
+        write("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
         write("b.de", "eins\nzwei\ndrei\n"),
         write("b.en", "one\ntwo\nthree\n"),
         str(tmp_path / "a.parquet"),
@@ -406,7 +410,7 @@ def test_aligned_text(write):
     assert "has 3 lines and" in refusal([write("d.de", "1\n2\n3\n"), short])
     assert "cannot tell what" in refusal([write("e.de", "1\n"), write("f.en", "1\n")])
     assert "cannot tell what" in refusal(short)
-    assert "cannot tell what" in refusal([write("g.de", "1\n"), write("g.de.gz", gzip.compress(b"1\n"))])
+    assert "cannot tell what" in refusal([write("g.de", "1\n"), write("g.de.gz", gzip.compress(b"1\n", mtime=0))])
     assert "cannot tell what" in refusal([write("g", "1\n"), write("g.de", "1\n")])
 
 
