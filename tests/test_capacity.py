@@ -13,7 +13,7 @@ import torch
 from fastalign.cli import main
 from fastalign.config import config_from_dict
 from fastalign.config.dialect import dump_yaml
-from fastalign.errors import ConfigError
+from fastalign.errors import ConfigError, ModelError
 from fastalign.training.capacity import memory_report
 from fastalign.training.needs import CONTEXT, usable
 
@@ -126,3 +126,62 @@ def test_without_a_gpu_nothing_is_compared(raw: dict) -> None:
     found = memory_report(config_from_dict(raw))
     assert (found["largest_micro_batch"], found["fits"], found["context_bytes"]) == ({}, None, 0)
     assert "on the CPU" in found["lines"][0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"training": {"deepspeed": {"zero_optimization": {"stage": 3}}}}, "ZeRO-3 is not supported yet"),
+        ({"alignment": {"layer": [4, 4]}}, "names a layer twice"),
+        ({"alignment": {"negatives": "world"}}, "not supported on several ranks yet"),
+    ],
+)
+def test_what_train_refuses_is_refused_also_without_data(changes: dict, words: str, raw: dict) -> None:
+    raw["task"]["data"] = "nowhere.jsonl"
+    for section, keys in changes.items():
+        raw[section] |= keys
+    with pytest.raises(ConfigError, match=words):
+        memory_report(config_from_dict(raw), gpus=2)
+
+
+def test_checkpoints_that_cannot_be_used_are_refused_and_what_is_on_is_not_proposed(
+    raw: dict, bare: str, tmp_path: Path
+) -> None:
+    raw["task"]["data"] = "nowhere.jsonl"
+    raw["model"]["name_or_path"] = shutil.copytree(bare, tmp_path / "stored")
+    path = Path(raw["model"]["name_or_path"]) / "config.json"
+    model = json.loads(path.read_text())
+    path.write_text(json.dumps({**model, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    raw["model"]["name_or_path"] = str(path.parent)
+    with pytest.raises(ModelError, match="quantised with gptq"):
+        memory_report(config_from_dict(raw))
+    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    path.write_text(json.dumps({**model, "quantization_config": packed}))
+    raw["training"]["activation_checkpointing"] = True
+    with pytest.raises(ConfigError, match="too small") as caught:
+        memory_report(config_from_dict(raw), gpu_memory="520MB")
+    assert "nf4" not in str(caught.value) and "checkpointing" not in str(caught.value)
+
+
+def test_checkpointing_has_two_names(raw: dict) -> None:
+    peaks = []
+    for training in ({}, {"gradient_checkpointing": True}, {"activation_checkpointing": True}):
+        peaks.append(
+            memory_report(config_from_dict({**raw, "training": {**raw["training"], **training}}))["peak_bytes"]
+        )
+    assert peaks[0] > peaks[1] == peaks[2]
+
+
+def test_joint_keeps_a_second_copy_of_the_gradients_in_the_table_too(raw: dict) -> None:
+    raw["schedule"] = {"mode": "joint"}
+    found = memory_report(config_from_dict(raw))
+    assert found["items"]["gradients"] == 2 * found["items"]["adapter"]
+    rows = {row["micro_batch"]: row for row in found["table"]}
+    assert max(rows[4]["task"], rows[8]["alignment"]) == found["peak_bytes"]
+
+
+def test_align_only_says_what_is_loaded(raw: dict) -> None:
+    raw["schedule"] = {"mode": "align_only"}
+    found = memory_report(config_from_dict(raw))
+    assert any("blocks 1 to 3 of 6 are loaded" in line for line in found["lines"])
+    assert found["items"]["head"] == 0 and [*found["streams"]] == ["alignment"]

@@ -225,6 +225,18 @@ def test_accumulation_is_one_batch() -> None:
         torch.testing.assert_close(given[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_the_first_use_draws_no_random_number_of_the_run() -> None:
+    """A resumed process has its first use later, and must draw what the other one drew."""
+    weight = torch.randn(50, 8)
+    chunked = ChunkedCrossEntropy(10**9)
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        head = lambda rows: F.dropout(rows, 0.5) @ weight.T  # noqa: E731
+        losses.append(chunked(torch.ones(4, 8), torch.arange(4), head).item())
+    assert losses[0] == losses[1]
+
+
 def test_evaluation_takes_no_gradients() -> None:
     states, labels, head, calls = matrix(20)
     in_chunks = ChunkedCrossEntropy(2000)

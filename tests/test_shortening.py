@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fastalign.config import AdapterConfig, ModelConfig, config_from_dict
-from fastalign.errors import ModelError
+from fastalign.errors import ConfigError, ModelError
 from fastalign.model import shortening
 from fastalign.model.early_exit import FINAL_NORMS, hidden_at, locate, num_layers
 from fastalign.model.loading import add_adapter, load_model, load_model_config
@@ -355,6 +355,13 @@ def test_summary_and_dry_run_say_what_is_loaded(raw_config: dict, capsys: pytest
     assert model["parameters"] - model["trainable"] == sum(weights[name].numel() for name in below)
 
 
+def test_a_head_that_is_not_loaded_cannot_be_adapted(raw_config: dict) -> None:
+    raw_config["schedule"] = {"mode": "align_only"}
+    raw_config["adapter"]["target_modules"] = ["q_proj", "lm_head"]
+    with pytest.raises(ConfigError, match=r"'lm_head'\] names the head .* leave them out"):
+        train(config_from_dict(raw_config))
+
+
 @pytest.mark.parametrize(
     ("task", "training", "loaded"),
     [
@@ -393,5 +400,9 @@ def test_a_stopped_run_goes_on_to_the_same_end(raw_config: dict, tmp_path: Path)
     raw["training"]["resume_from_checkpoint"] = True
     assert train(config_from_dict(raw))["resumed_at"] == [4]
     assert (tmp_path / "halves" / "adapter_model.safetensors").read_bytes() == wanted
+    raw["training"] |= {"max_steps": 8, "eval_strategy": "steps"}
+    raw["training"]["resume_from_checkpoint"] = str(tmp_path / "halves" / "checkpoint-6")
+    with pytest.raises(ConfigError, match=r"blocks that are loaded \(all where the task is evaluated\) was 2, now"):
+        train(config_from_dict(raw), overwrite=True)
     written = json.loads((tmp_path / "halves" / "adapter_config.json").read_text())
     assert written["target_modules"] == sorted(written["target_modules"]) and len(written["target_modules"]) == 14

@@ -192,10 +192,15 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
         target_modules=config.target_modules,
         task_type="CAUSAL_LM",
     )
+    names = sorted({name.rsplit(".", 1)[-1] for name, part in model.named_modules() if hasattr(part, "weight")})
     try:
         adapted: Any = get_peft_model(model, lora)
     except ValueError as error:
-        names = sorted({name.rsplit(".", 1)[-1] for name, part in model.named_modules() if hasattr(part, "weight")})
+        if "Absent()" in str(error):
+            raise ConfigError(
+                f"adapter.target_modules: {config.target_modules!r} names the head or the final norm, which no step of "
+                "align_only runs, so that they are not loaded; leave them out"
+            ) from None
         raise ConfigError(
             f"adapter.target_modules: {config.target_modules!r} does not fit this model ({error}); its modules: "
             f"{', '.join(names)}"

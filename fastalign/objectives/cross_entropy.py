@@ -77,7 +77,9 @@ class ChunkedCrossEntropy:
         key = (states.dtype, device, autocast)
         if key not in self._row_bytes:
             pair = states[:1].detach().repeat(2, 1).requires_grad_()
-            with torch.enable_grad():  # also for the size: autocast would keep weights that it cast without
+            gpus = [torch.cuda.current_device()] if device == "cuda" else []
+            # No random number that the run would draw; with a graph: autocast would keep weights that it cast without.
+            with torch.random.fork_rng(gpus), torch.enable_grad():
                 size = head(pair).numel()
                 with _Counted(size) as counted:
                     _of_chunk(pair, torch.zeros(2, dtype=torch.long, device=states.device), head, True)

@@ -54,6 +54,7 @@ class TaskStream(Stream):
             f"lower task.max_length (now {tokenizer.max_length})",
             *(["set task.logits_memory: 256MB (now whole)"] if logits_memory is None else []),
         )
+        self.logits_memory = logits_memory
         self._in_chunks = None if logits_memory is None else ChunkedCrossEntropy(logits_memory)
         self._scale = 1.0  # ranks per answer token of the step
 

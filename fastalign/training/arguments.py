@@ -9,6 +9,7 @@ import os
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,6 +155,11 @@ def _words(hint: Any) -> str:
         "keys and values" if typing.get_origin(option) is dict else names.get(option) or type_name(option)
         for option in plain or options
     )
+
+
+def checkpointing(training: Mapping[str, Any]) -> bool:
+    """Whether blocks are recomputed in the backward, by the newer name of transformers or the older one."""
+    return bool(training.get("activation_checkpointing") or training.get("gradient_checkpointing"))
 
 
 def training_arguments(values: dict[str, Any]) -> TrainingArguments:

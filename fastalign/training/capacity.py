@@ -11,9 +11,8 @@ import torch
 from fastalign.config import Config, parse_memory
 from fastalign.config.hub import offline_run
 from fastalign.errors import ConfigError, DataError
-from fastalign.model.encode import resolve_layer
 from fastalign.model.loading import load_model_config
-from fastalign.model.shortening import why_whole
+from fastalign.model.quantization import effective_quantization, require_quantization, stored_quantization
 from fastalign.training.arguments import effective_training, training_arguments
 from fastalign.training.memory import gigabytes
 from fastalign.training.needs import (
@@ -29,10 +28,12 @@ from fastalign.training.needs import (
     target,
     usable,
 )
+from fastalign.training.optimizer import zero_stage
 from fastalign.training.plan import plan
-from fastalign.training.prepare import prepare, require_data
+from fastalign.training.prepare import NO_WORLD, aligned_layers, loaded_blocks, prepare, require_data
 from fastalign.training.preview import first_batches, shape_of
 from fastalign.training.schedule import Schedule
+from fastalign.training.zero import NO_ZERO3
 
 SIZES = tuple(2**i for i in range(8))  # micro-batches of the table
 MOST = 2**16  # that is looked for
@@ -73,6 +74,10 @@ def memory_report(config: Config, *, gpu_memory: str | None = None, gpus: int | 
     computes = gpu_target(config) if gpu_memory is not None else target(config, here)
     if room is None and here.type == "cuda":
         room = torch.cuda.get_device_properties(here).total_memory
+    if zero_stage(config) == 3:
+        raise ConfigError(NO_ZERO3)
+    if ranks > 1 and config.alignment.negatives == "world":
+        raise ConfigError(NO_WORLD)
     needs = needs_of(config, run.hf_config, computes, run.blocks)
     limit = None if room is None else usable(room, on_gpu=True)
 
@@ -106,6 +111,7 @@ def memory_report(config: Config, *, gpu_memory: str | None = None, gpus: int | 
         "fits": None if limit is None else found["peak"] <= limit,
         "gpus": ranks,
         "zero": found["zero"],
+        "notes": run.notes,
     }
     return {**result, "lines": _lines(config, result, limit)}
 
@@ -119,6 +125,7 @@ class _Run:
         hf_config: of the whole model, from transformers.
         shapes: of each stream. widths_from: where the widths of their rows are from, in words.
         device: that is here. ranks: of the launch. blocks: that are loaded; None: all, and the head.
+        notes: what has to be said of how the model is loaded.
     """
 
     config: Config
@@ -128,6 +135,7 @@ class _Run:
     device: torch.device
     ranks: int
     blocks: int | None
+    notes: list[str]
 
 
 def _described(config: Config) -> _Run:
@@ -145,7 +153,7 @@ def _described(config: Config) -> _Run:
         batches = list(first_batches(run.streams[name], planned[name]["rows"] or 1, run.args.world_size))
         shapes[name] = shape_of(run.streams[name], batches)
     args = run.args
-    return _Run(run.config, run.hf_config, shapes, "data", args.device, args.world_size, run.blocks)
+    return _Run(run.config, run.hf_config, shapes, "data", args.device, args.world_size, run.blocks, run.notes)
 
 
 def _undescribed(config: Config, why: str) -> _Run:
@@ -153,8 +161,8 @@ def _undescribed(config: Config, why: str) -> _Run:
     config = replace(config, training=effective_training(replace(config, training={**config.training}), True))
     args = training_arguments(config.training)
     text = hf_config.get_text_config()
-    specs = config.alignment.layer if isinstance(config.alignment.layer, list) else [config.alignment.layer]
-    blocks = max(resolve_layer(spec, text.num_hidden_layers) for spec in specs)
+    notes = require_quantization(config.model, hf_config, args.device)
+    blocks = max(aligned_layers(config, text.num_hidden_layers))
     context = getattr(text, "max_position_embeddings", None) or 2**30
     rows = args.per_device_train_batch_size
     pairs = config.alignment.batch_size
@@ -171,7 +179,8 @@ def _undescribed(config: Config, why: str) -> _Run:
         f"max_length, because {why}",
         args.device,
         args.world_size,
-        blocks if names == ("alignment",) and why_whole(hf_config, blocks) is None else None,
+        loaded_blocks(config, hf_config, blocks, task_evaluated=False, notes=notes),
+        notes,
     )
 
 
@@ -200,6 +209,7 @@ def _too_small(
 ) -> str:
     """What to say of a GPU that cannot hold the model, and what would fit."""
     config = run.config
+    held, stored = effective_quantization(config.model, run.hf_config), stored_quantization(run.hf_config)
     needs = needs_of(config, run.hf_config, computes, run.blocks)
     least = peak(needs, config, ones)
     words = (
@@ -209,7 +219,7 @@ def _too_small(
     )
     for quantization, checkpointing in WAYS:
         settings = {
-            **({} if quantization == config.model.quantization else {"model.quantization": quantization}),
+            **({} if quantization == held or stored else {"model.quantization": quantization}),
             **({"training.gradient_checkpointing": "true"} if checkpointing and not needs.checkpointing else {}),
         }
         if not settings or "none" in settings.values():
@@ -224,17 +234,18 @@ def _too_small(
             said = " and ".join(f"{key}: {value}" for key, value in settings.items())
             return f"{words}; with {said} it would fit: {gigabytes(wanted)}"
         least = min(least, wanted)
-    return (
-        f"{words}; take a GPU of {gigabytes(memory_for(least, on_gpu=True))} (with model.quantization: nf4 and "
-        "training.gradient_checkpointing: true), a smaller model, or shorter rows"
-    )
+    helps = ["model.quantization: nf4"] if held == "none" else []
+    helps += [] if needs.checkpointing else ["training.gradient_checkpointing: true"]
+    spared = f" (with {' and '.join(helps)})" if helps else ""
+    wanted = gigabytes(memory_for(least, on_gpu=True))
+    return f"{words}; take a GPU of {wanted}{spared}, a smaller model, or shorter rows"
 
 
 def _lines(config: Config, found: Mapping[str, Any], limit: int | None) -> list[str]:
     """The report in words."""
     where = "on the GPU" if found["context_bytes"] else "on the CPU"
     where = where if found["gpus"] == 1 else f"on each of {found['gpus']} ranks"
-    lines = [f"{config.model.name_or_path}, from its config alone: what is needed {where}", ""]
+    lines = [f"{config.model.name_or_path}: what is needed {where}; no weights are read", *found["notes"], ""]
     lines += [f"{NAMES[name]:<26}{gigabytes(count):>10}" for name, count in found["items"].items() if name in NAMES]
     for name, part in found["streams"].items():
         unit = "pairs" if name == "alignment" else "rows"

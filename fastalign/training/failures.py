@@ -15,6 +15,7 @@ import torch
 
 from fastalign.errors import RunError
 from fastalign.streams.base import MicroBatch, Stream
+from fastalign.training.arguments import checkpointing
 from fastalign.training.checkpoint import how_to_continue, last_checkpoint
 from fastalign.training.memory import free_bytes, gigabytes
 from fastalign.training.needs import Shape, needs_of_model
@@ -61,13 +62,13 @@ def out_of_memory(why: str, moment: Moment | None, model: Any, args: Any) -> Run
     model_config = model.config.get_text_config()
     blocks = stream.blocks or model_config.num_hidden_layers
     shape = Shape(rows, rows, width, stream.blocks, labels=micro_batch.items if stream.blocks is None else None)
-    predicted = _predicted(model, args, shape)
+    predicted = _predicted(model, args, shape, getattr(stream, "logits_memory", None))
     free = free_bytes(device)
     if device.type == "cuda":
         free += torch.cuda.memory_allocated(device) - moment.allocated
     keys = [
         *stream.memory_keys,
-        *([] if args.gradient_checkpointing else ["set training.gradient_checkpointing: true"]),
+        *([] if checkpointing(vars(args)) else ["set training.gradient_checkpointing: true"]),
     ]
     return RunError(
         f"out of memory in the {stream.name} stream at step {moment.step} ({why}): a forward of {rows} x "
@@ -78,10 +79,10 @@ def out_of_memory(why: str, moment: Moment | None, model: Any, args: Any) -> Run
     )
 
 
-def _predicted(model: Any, args: Any, shape: Shape) -> str:
+def _predicted(model: Any, args: Any, shape: Shape, logits_limit: int | None) -> str:
     """What there is to say of a forward's needs; nothing where the model's code cannot be looked at."""
     try:
-        count = needs_of_model(model, args).above(shape)["peak"]
+        count = needs_of_model(model, args).above(shape, logits_limit)["peak"]
     except Exception:  # whatever goes wrong here must not hide that memory ran out
         return ""
     return f"predicted {count:,} bytes above the weights ({gigabytes(count)}), "

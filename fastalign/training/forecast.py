@@ -15,6 +15,7 @@ import torch
 from fastalign.config import Config
 from fastalign.errors import ModelError
 from fastalign.model.skeleton import Skeleton
+from fastalign.training.arguments import checkpointing
 from fastalign.training.needs import Shape, memory, needs_of, target
 
 PROBED = 0.3  # seconds
@@ -36,7 +37,7 @@ def step_flops(config: Config, size: Skeleton, shape: Shape, *, contrastive: boo
     adapter = size.trainable * blocks / text.num_hidden_layers
     attention = 4 * width * text.hidden_size * blocks  # scores and their product with the values
     forward = 2 * (base + adapter) + attention
-    again = _checkpointing(config) + (contrastive and shape.rows_per_forward < shape.rows_per_step)
+    again = checkpointing(config.training) + (contrastive and shape.rows_per_forward < shape.rows_per_step)
     return shape.rows_per_step * width * (forward * (1 + again) + 2 * base + 4 * adapter + 2 * attention)
 
 
@@ -83,10 +84,6 @@ def forecast(
         "streams": seconds,
         "trainable": size.trainable,
     }
-
-
-def _checkpointing(config: Config) -> bool:
-    return bool(config.training.get("gradient_checkpointing"))
 
 
 def _flops_per_second(text_config: Any, rank: int, tokens: int, dtype: torch.dtype, device: torch.device) -> float:

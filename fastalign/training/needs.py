@@ -18,6 +18,7 @@ import torch
 from fastalign.config import AdapterConfig, Config, ModelConfig, TaskConfig, logits_bytes
 from fastalign.model.loading import add_adapter, compute_dtype, packing
 from fastalign.model.skeleton import Skeleton, skeleton
+from fastalign.training.arguments import checkpointing
 from fastalign.training.course import Course, Mode, course
 from fastalign.training.optimizer import optimizer_bytes, zero_stage
 
@@ -138,7 +139,7 @@ def needs_of(config: Config, hf_config: Any, target: Target, blocks: int | None 
         ConfigError: the adapter fits no module, or bitsandbytes is missing.
     """
     built = _skeleton(_Key(hf_config, config.model, config.adapter, target.dtype, blocks))
-    return Needs(built, target, bool(config.training.get("gradient_checkpointing")))
+    return Needs(built, target, checkpointing(config.training))
 
 
 def needs_of_model(model: Any, args: Any) -> Needs:
@@ -161,7 +162,7 @@ def needs_of_model(model: Any, args: Any) -> Needs:
     )
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     computes = Target(weight.dtype, autocast, args.device.type == "cuda")
-    return Needs(built, computes, bool(args.gradient_checkpointing))
+    return Needs(built, computes, checkpointing(vars(args)))
 
 
 def memory(config: Config, needs: Needs, shapes: Mapping[str, Shape], ranks: int = 1) -> dict[str, Any]:
@@ -175,7 +176,7 @@ def memory(config: Config, needs: Needs, shapes: Mapping[str, Shape], ranks: int
     size = needs.skeleton
     items = {"base": size.base, "embedding": size.embedding, "head": size.head, "adapter": size.adapter}
     gradients, optimizer = size.adapter, optimizer_bytes(size, config)
-    if config.schedule.mode == "joint" and ranks == 1 and len(shapes) > 1:
+    if config.schedule.mode == "joint" and ranks == 1:
         gradients *= 2  # those of the first stream are kept aside, to tell the norms apart
     stage = zero_stage(config) if ranks > 1 else None
     saved = 0

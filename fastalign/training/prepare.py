@@ -19,6 +19,8 @@ from fastalign.training.inputs import Inputs, build_streams, read_inputs, senten
 from fastalign.training.plan import total_steps
 from fastalign.training.schedule import Schedule
 
+NO_WORLD = "alignment.negatives: world is not supported on several ranks yet; use rank"
+
 
 @dataclass
 class Prepared:
@@ -60,13 +62,13 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Prepared:
     """
     hf_config = load_model_config(config.model)
     text_config = hf_config.get_text_config()
-    layers = _layers(config, text_config.num_hidden_layers)
+    layers = aligned_layers(config, text_config.num_hidden_layers)
     tokenizer = load_tokenizer(config.model)
     inputs = read_inputs(config)
     config = replace(config, training=effective_training(config, inputs.can_evaluate))
     args = training_arguments(config.training)
     if config.alignment.negatives == "world" and args.world_size > 1:
-        raise ConfigError("alignment.negatives: world is not supported on several ranks yet; use rank")
+        raise ConfigError(NO_WORLD)
     found = gather_over_ranks([str(checkpoint or "")])[0]
     checkpoint = Path(found) if found else None
     inputs.begin(config, args, checkpoint)
@@ -75,7 +77,11 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Prepared:
     schedule = Schedule(config.schedule.mode, config.schedule.ratio)
     steps = total_steps(schedule, streams, args)
     notes = require_quantization(config.model, hf_config, args.device)
-    blocks = _blocks(schedule, hf_config, layers, streams, args, notes)
+    task = streams.get("task")
+    evaluated = task is not None and task.can_evaluate and args.eval_strategy != "no"
+    blocks = loaded_blocks(config, hf_config, max(layers), task_evaluated=evaluated, notes=notes)
+    if blocks is not None:
+        streams.pop("task", None)  # it cannot run on these
     return Prepared(
         config=config,
         args=args,
@@ -101,26 +107,23 @@ def require_data(config: Config) -> None:
             raise ConfigError(f"{name}.data is missing; give it, or set schedule.mode: {other}")
 
 
-def _blocks(
-    schedule: Schedule, hf_config: Any, layers: list[int], streams: dict[str, Stream], args: Any, notes: list[str]
-) -> int | None:
-    """How many blocks are loaded. A stream that cannot run on these is taken out of `streams`; `notes` get a reason."""
-    if schedule.streams != ("alignment",):
+def loaded_blocks(config: Config, hf_config: Any, blocks: int, *, task_evaluated: bool, notes: list[str]) -> int | None:
+    """How many blocks are loaded, of which `blocks` are needed; None: all, and the head. `notes` get the reason."""
+    if config.schedule.mode != "align_only":
         return None
-    task, blocks = streams.get("task"), max(layers)
     why = why_whole(hf_config, blocks)
-    if why is None and task is not None and task.can_evaluate and args.eval_strategy != "no":
+    if why is None and task_evaluated:
         why = "the task is evaluated, too; leave task.data out, or set task.eval_share: 0, to load less"
     depth = hf_config.get_text_config().num_hidden_layers
     if why is not None:
         notes.append(f"all {depth} blocks are loaded though {blocks} are needed: {why}")
         return None
-    streams.pop("task", None)
     notes.append(f"blocks 1 to {blocks} of {depth} are loaded, without final norm and head: no step goes further")
     return blocks
 
 
-def _layers(config: Config, depth: int) -> list[int]:
+def aligned_layers(config: Config, depth: int) -> list[int]:
+    """Resolved indices of `alignment.layer`. Raises ConfigError where one is outside of the model, or named twice."""
     specs = config.alignment.layer if isinstance(config.alignment.layer, list) else [config.alignment.layer]
     layers = [resolve_layer(spec, depth) for spec in specs]
     if len(set(layers)) < len(layers):

@@ -44,16 +44,19 @@ FLAGS = ("training.bf16", "training.fp16", "training.tf32")  # null is false
 HELD_OUT = ("task.eval_data", "alignment.eval_data")
 
 
-def run_record(config: Config, files: Mapping[str, list[dict[str, Any]]], world_size: int) -> dict[str, Any]:
+def run_record(
+    config: Config, files: Mapping[str, list[dict[str, Any]]], world_size: int, blocks: int | None = None
+) -> dict[str, Any]:
     """What a checkpoint remembers of its run.
 
     Args:
         config: with the effective ``training`` section.
         files: per setting what was read, ``{"name", "sha256", "rows", "columns"}``, as `Tally.as_dict` gives them.
         world_size: number of ranks.
+        blocks: of the model that are loaded; None: all, and the head.
     """
     data = {key: [_content(file) for file in files.get(key, [])] for key in DATA}
-    record = {"config": config_to_dict(config), "data": data, "ranks": world_size}
+    record = {"config": config_to_dict(config), "data": data, "ranks": world_size, "blocks": blocks}
     deepspeed = config.training.get("deepspeed")
     if isinstance(deepspeed, str) and Path(deepspeed).is_file():
         record["config"]["training"]["deepspeed"] = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
@@ -122,6 +125,7 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
         flat[f"content of {key}"] = digests
     flat["rows of the task in a step"] = flat[STEP[0]] * flat[STEP[1]]
     flat["ranks"] = record["ranks"]
+    flat["blocks that are loaded (all where the task is evaluated)"] = record.get("blocks") or "all"
     return flat
 
 

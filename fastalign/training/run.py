@@ -67,7 +67,7 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
         checkpoint, resumes = _begin(config, overwrite) if is_first_rank() else (None, False)
         run = prepare(config, checkpoint)
         config, args, inputs, steps, checkpoint = run.config, run.args, run.inputs, run.steps, run.checkpoint
-        record = run_record(config, inputs.tally.as_dict()["files"], args.world_size)
+        record = run_record(config, inputs.tally.as_dict()["files"], args.world_size, run.blocks)
         changes = require_same_run(checkpoint, record) if checkpoint else []
         if checkpoint and step_of(checkpoint) >= steps:
             changes.append(f"{checkpoint} has all of the {steps} steps: there is nothing left to train")

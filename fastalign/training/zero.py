@@ -14,6 +14,11 @@ from torch import nn
 
 from fastalign.errors import ConfigError
 
+NO_ZERO3 = (
+    "training.deepspeed: ZeRO-3 is not supported yet, because layers above the aligned one would be updated with stale "
+    "gradients; use ZeRO-2"
+)
+
 
 def zero_term(model: nn.Module) -> torch.Tensor:
     """A scalar 0 whose gradient is zero, not None, for every trainable parameter."""
@@ -26,7 +31,4 @@ def refuse_zero3(deepspeed: bool) -> None:
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     if deepspeed and is_deepspeed_zero3_enabled():
-        raise ConfigError(
-            "training.deepspeed: ZeRO-3 is not supported yet, because layers above the aligned one would be updated "
-            "with stale gradients; use ZeRO-2"
-        )
+        raise ConfigError(NO_ZERO3)
