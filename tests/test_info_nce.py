@@ -169,6 +169,7 @@ def test_errs_no_more_than_plain_pytorch(backend, name):
 
     The mean of some draws, because the error of one number can be 0 by chance.
     """
+    draws = 3 if backend == "triton" else 4
     variants = [*itertools.product((torch.float32, torch.float16, torch.bfloat16), ("exact", "fast"))]
     if backend == "triton":  # bf16 products are wrong in Triton's interpreter
         variants = [(torch.float32, "exact"), (torch.float16, "exact")]
@@ -177,7 +178,7 @@ def test_errs_no_more_than_plain_pytorch(backend, name):
     for dtype, precision in variants:
         cast = torch.bfloat16 if precision == "fast" else None
         errors = torch.zeros(4, 3)
-        for seed in range(4 if backend in REGIMES else 3):
+        for seed in range(draws):
             parts, options = case(dtype, seed, **CASES[name])
             truth = results(dense, [torch.as_tensor(part).double() for part in parts], 1000, **options)
             plain = results(dense, parts, 1000, compute=torch.float32, cast=cast, **options)

