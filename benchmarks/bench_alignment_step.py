@@ -39,7 +39,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import torch
 import torch.nn.functional as F
-from harness import DEVICE, HERE, ON_GPU, append_rows, interleaved_ms, peak_bytes, provenance
+from harness import DEVICE, HERE, ON_GPU, append_rows, interleaved_ms, peak_bytes, provenance, take_gradients
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -121,10 +121,7 @@ class Case:
         return loss.detach()
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        found = {name: weight.grad for name, weight in self.trained.items() if weight.grad is not None}
-        for weight in self.trained.values():
-            weight.grad = None
-        return found
+        return take_gradients(self.trained)
 
     def disagreements(self) -> list[str]:
         """Where a loss or a gradient differs from that of all_layers by more than the tolerance."""

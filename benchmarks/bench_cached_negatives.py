@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while t
 
 import numpy as np
 import torch
-from harness import DEVICE, HERE, ON_GPU, append_rows, interleaved_ms, peak_bytes, provenance
+from harness import DEVICE, HERE, ON_GPU, append_rows, interleaved_ms, peak_bytes, provenance, take_gradients
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -99,10 +99,7 @@ class Case:
         return total
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        found = {name: weight.grad for name, weight in self.trained.items() if weight.grad is not None}
-        for weight in self.trained.values():
-            weight.grad = None
-        return found
+        return take_gradients(self.trained)
 
     def disagreements(self, pairs: int) -> list[str]:
         """Where a loss or a gradient differs from that of plain by more than the tolerance."""

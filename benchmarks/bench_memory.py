@@ -37,7 +37,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while t
 import numpy as np
 import torch
 from bench_alignment_step import TEMPERATURE, all_layers, reference
-from harness import DEVICE, HERE, ON_GPU, append_rows, interleaved_ms, peak_bytes, provenance
+from harness import DEVICE, HERE, ON_GPU, append_rows, interleaved_ms, peak_bytes, provenance, take_gradients
 from peft import prepare_model_for_kbit_training
 from torch import nn
 from transformers import LlamaConfig
@@ -147,10 +147,7 @@ class Case:
         return loss.detach()
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        found = {name: weight.grad for name, weight in self.trained.items() if weight.grad is not None}
-        for weight in self.trained.values():
-            weight.grad = None
-        return found
+        return take_gradients(self.trained)
 
     def held(self) -> int:
         """Bytes of the model: weights, what belongs to them, and adapter."""

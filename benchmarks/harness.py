@@ -242,6 +242,14 @@ def peak_bytes(step: Step, reset: Step) -> int:
     return max(itertools.accumulate(changes, initial=0))
 
 
+def take_gradients(weights: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """The gradients that there are, by name; the weights have none afterwards."""
+    found = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+    for weight in weights.values():
+        weight.grad = None
+    return found
+
+
 def folder(root: Path = HERE / "results") -> Path:
     """Of the results of this device: `root`/cpu, or the name of the GPU."""
     return root / (re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-") if ON_GPU else "cpu")

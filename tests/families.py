@@ -61,11 +61,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": 4},
     "cohere2": {"logit_scale": 0.25, "sliding_window": 4},
 }
+# Only the tests of shortened models go through these.
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "topk_group": 1}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+LATENT |= ROUTED | {"n_group": 2, "first_k_dense_replace": 2, "num_key_value_heads": 4}
+ALTERNATING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+MORE: dict[str, dict[str, Any]] = {
+    **{name: {} for name in ("apertus", "arcee", "biogpt", "ernie4_5", "gemma", "glm", "glm4", "gpt_bigcode")},
+    **{name: {} for name in ("helium", "hunyuan_v1_dense", "ministral", "olmo", "phi", "phimoe", "seed_oss", "xglm")},
+    "codegen": {"rotary_dim": 8},
+    "deepseek_v2": LATENT | {"topk_method": "greedy"},
+    "deepseek_v3": LATENT,
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
+    "exaone4": ALTERNATING,
+    "glm4_moe": ROUTED | {"n_group": 1, "first_k_dense_replace": 1},
+    "gptj": {"rotary_dim": 8},
+    "granitemoe": MOE,
+    "olmo3": ALTERNATING,
+    "olmoe": EXPERTS,
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 16},
+    "qwen3_moe": EXPERTS,
+    "smollm3": {"no_rope_layers": [1, 0, 1], "sliding_window": 4, "use_sliding_window": True},
+}
 
 
 def build(family: str, **changes: Any) -> Any:
     torch.manual_seed(0)
-    settings = COMMON | FAMILIES.get(family, {}) | changes
+    settings = COMMON | {**MORE, **FAMILIES}.get(family, {}) | changes
     if family in ("falcon", "mpt"):  # theirs is not a setting
         del settings["head_dim"]
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings))

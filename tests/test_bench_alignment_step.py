@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+from tests.benches import BENCHMARKS, run
+
 TINY = "--layers=4 --hidden=64 --vocab=256 --pairs=4 --tokens=8 --rounds=2 --threads=1"
 WAYS = ["ours", "all_layers", "reference", "no_head"]
 
@@ -36,13 +34,6 @@ bench.hidden_at = lambda model, layers, **inputs: states(model, [layers[0] + 1],
 run("end of wrong layer:")
 run("end of nothing wrong:")
 """
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    root = BENCHMARKS.parent
-    paths = [str(BENCHMARKS), str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=120)
 
 
 def test_it_prints_ratios_and_appends_rows(tmp_path: Path):

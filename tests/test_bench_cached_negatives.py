@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+from tests.benches import BENCHMARKS, run
+
 TINY = "--layers=4 --hidden=64 --vocab=256 --pairs 8 32 --micro=4 --tokens=8 --timed=32 --rounds=2 --threads=1"
 
 # Once with the second forward a little off, once with the negatives of a micro-batch alone, once as it is.
@@ -28,13 +26,6 @@ print("no cache:", bench.main(sys.argv[1:]), file=sys.stderr)
 bench.AlignmentStream.begin_step = begin
 print("nothing wrong:", bench.main(sys.argv[1:]), file=sys.stderr)
 """
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    root = BENCHMARKS.parent
-    paths = [str(BENCHMARKS), str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=120)
 
 
 def test_memory_hardly_grows_with_the_negatives(tmp_path: Path):

@@ -7,8 +7,6 @@ import csv
 import importlib
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+from tests.benches import BENCHMARKS, run
+
 KERNELS = ["masked_mean_pool", "info_nce", "pooled_info_nce"]
 
 # A GPU without graphs, profiler and memory statistics, whose kernels run through Triton's interpreter: all that only a
@@ -47,18 +46,6 @@ code |= bench_pooled_info_nce.main([*options, "2x3x16:fp32:exact:one:ragged"])
 regimes = ["--regimes", "--providers", "ours", "fused", "dense", "panels"]
 sys.exit(code | bench_info_nce.main([*options, "4x16:fp32:exact:one", *regimes]))
 """
-
-
-def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    root = BENCHMARKS.parent
-    paths = [str(BENCHMARKS), str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
-    variables = {
-        **os.environ,
-        **environment,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=variables, timeout=120)
 
 
 def rows_of(folder: Path, name: str) -> list[dict[str, str]]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+from tests.benches import run
+
 TINY = "--layers=4 --layer=2 --hidden=64 --inner=176 --heads=2 --keys=1 --vocab=4000 --width=8 --task-width=16 "
 TINY += "--tokens-alignment 64 512 --tokens-task 256 --rounds=1 --threads=1"
 
@@ -26,15 +24,8 @@ print("nothing wrong:", bench.main(sys.argv[1:]), file=sys.stderr)
 """
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    root = BENCHMARKS.parent
-    paths = [str(BENCHMARKS), str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=240)
-
-
 def test_it_compares_ways_and_prints_nothing_of_something_else(tmp_path: Path):
-    result = run("-c", BREAK_IT, *TINY.split(), f"--out={tmp_path}")
+    result = run("-c", BREAK_IT, *TINY.split(), f"--out={tmp_path}", timeout=240)
     assert result.returncode == 0, result.stderr
     codes = dict(re.findall(r"^(wrong loss|nothing wrong): (\d)$", result.stderr, re.MULTILINE))
     assert codes == {"wrong loss": "1", "nothing wrong": "0"}
