@@ -176,6 +176,8 @@ def fill(model: Any, hf_config: Any) -> None:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # as fastalign.model.loading does
         for name, weight in list(module._parameters.items()):
             if weight is None:
                 continue

@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     memory = commands.add_parser(
         "memory",
         help="the peak memory of a run, item by item, and the batches that fit a GPU",
-        description="Predict the peak memory on each GPU from the model's config alone: no weights are loaded. Shows "
+        description="Predict the peak memory on each GPU; no weights are loaded. Shows "
         "what holds it, a table over batch sizes, and the largest micro-batch of each stream that fits. The rows' "
         "widths are those of the data where they can be read, else max_length.",
         epilog="examples:\n"

@@ -131,9 +131,9 @@ def test_without_a_gpu_nothing_is_compared(raw: dict) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"training": {"deepspeed": {"zero_optimization": {"stage": 3}}}}, "ZeRO-3 is not supported yet"),
+        ({"training": {"deepspeed": {"zero_optimization": {"stage": 4}}}}, "stage must be 0, 1, 2 or 3"),
         ({"alignment": {"layer": [4, 4]}}, "names a layer twice"),
-        ({"alignment": {"negatives": "world"}}, "not supported on several ranks yet"),
+        ({"training": {"deepspeed": "zero4"}}, "neither a preset"),
     ],
 )
 def test_what_train_refuses_is_refused_also_without_data(changes: dict, words: str, raw: dict) -> None:

@@ -122,7 +122,7 @@ def test_dropout_is_replayed(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -
     torch.manual_seed(5)
     micro_batches = parts.micro_batches(0, 0, 1)
     vectors = [parts._vectors(model, micro_batch) for micro_batch in micro_batches]
-    parts._objective(torch.cat(vectors, dim=-2), micro_batches).backward()
+    parts._contrast(torch.cat(vectors, dim=-2), micro_batches).backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     assert distance(found, expected) < 1e-5
@@ -170,7 +170,7 @@ def test_what_a_broken_step_has_left_is_forgotten(model_dir: Path) -> None:
     model, parts = adapted(model_dir), stream(model_dir, [2], micro_batch_size=8)
     micro_batches = parts.micro_batches(0, 0, 1)
     parts.begin_step(model, micro_batches)  # and then memory ran out
-    expected = parts._objective(parts._vectors(model, micro_batches[0]), micro_batches[:1])
+    expected = parts._contrast(parts._vectors(model, micro_batches[0]), micro_batches[:1])
     parts.begin_step(model, micro_batches[:1])
     torch.testing.assert_close(parts.loss(model, micro_batches[0]), expected)
 

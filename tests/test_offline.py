@@ -94,7 +94,7 @@ hub.offline = nothing
 """
     codes, seen = watched(unguarded + TRAIN, arguments, tmp_path / "home")
     assert codes == [0, 0]
-    assert any("huggingface.co" in what for _, what in seen), seen
+    assert any(event == "socket.getaddrinfo" for event, _ in seen), seen  # of which host differs from time to time
 
 
 class _Hub(BaseHTTPRequestHandler):

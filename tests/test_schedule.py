@@ -35,7 +35,7 @@ def test_steps_hold_exactly_the_task_steps_asked_for(ratio: float, task_steps: i
 
 
 def test_other_modes() -> None:
-    assert Schedule("joint").at(3) == [("task", 3), ("alignment", 3)]
+    assert Schedule("joint").at(3) == [("alignment", 3), ("task", 3)]
     assert Schedule("task_only").at(3) == [("task", 3)]
     assert Schedule("align_only").at(3) == [("alignment", 3)]
     assert [Schedule(mode).steps(5) for mode in ("joint", "task_only", "align_only")] == [5, 5, 5]  # type: ignore[arg-type]

@@ -14,7 +14,13 @@ import torch
 from fastalign.config import AdapterConfig, ModelConfig
 from fastalign.config.hub import asking_hub, may_ask_hub, offline
 from fastalign.errors import ConfigError, FastalignError, ModelError
-from fastalign.model.quantization import computing_in, nf4, require_quantization, stored_quantization
+from fastalign.model.quantization import (
+    computing_in,
+    effective_quantization,
+    nf4,
+    require_quantization,
+    stored_quantization,
+)
 from fastalign.model.shortening import head_name, is_short, name_targets, short_class, shortened, without_weights
 from fastalign.model.soundness import (
     pickled_only,
@@ -171,10 +177,12 @@ def packing(
         config: which model, and in which format. hf_config: of the whole model, from transformers.
         dtype: that it computes in. blocks: that are loaded; None: all, and the head. sharded: as for `quant_storage`.
     """
+    if effective_quantization(config, hf_config) == "none":
+        return None
     skipped = None if blocks is None else head_name(without_weights(hf_config, blocks))
     if stored_quantization(hf_config) is not None:
         return computing_in(hf_config, dtype, skipped)
-    return nf4(dtype, sharded=sharded, skipped=skipped) if config.quantization == "nf4" else None
+    return nf4(dtype, sharded=sharded, skipped=skipped)
 
 
 def add_adapter(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:

@@ -87,8 +87,9 @@ def without_weights(hf_config: PretrainedConfig, blocks: int | None = None, **op
         options: of transformers' `from_config`, such as dtype.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import set_zero3_state
 
-    with torch.device("meta"):
+    with torch.device("meta"), set_zero3_state():  # else ZeRO-3 would part what has no content
         if blocks is None:
             return AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), **options)
         return short_class(hf_config, blocks)._from_config(shortened(hf_config, blocks), **options)

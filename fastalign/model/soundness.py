@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastalign.errors import ModelError
+from fastalign.model.sharding import has_shards, on_this_rank
 
 PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt", "model.ckpt.*")
 SAFE = ("*.safetensors", "*.safetensors.index.json")
@@ -61,17 +62,29 @@ def refuse_incomplete(name: str, report: Mapping[str, Any]) -> None:
 def refuse_non_finite(name: str, model: torch.nn.Module) -> None:
     """ModelError where a weight is NaN or infinite. One pass on the device where the weights are, without a copy.
 
-    Of a weight in 4 or 8 bits the scales are looked at: a block with a NaN has a scale that is none.
+    Of a weight in 4 or 8 bits the scales are looked at: a block with a NaN has a scale that is none. Of weights in
+    shards each rank looks at its own, and what one finds all raise.
     """
-    for parameter_name, parameter in model.named_parameters():
+    found = _not_finite(model)
+    if has_shards(model):
+        everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, found)
+        found = next(filter(None, everywhere), None)
+    if found is not None:
+        raise ModelError(
+            f"model.name_or_path: {name!r} has weights that are {found[1]}, in {found[0]!r}; the file is damaged, or "
+            "was saved after a run that diverged"
+        )
+
+
+def _not_finite(model: torch.nn.Module) -> tuple[str, str] | None:
+    """The name of the first parameter that is not finite, and what it is."""
+    for name, parameter in model.named_parameters():
         for part in _numbers(parameter):
             low, high = torch.aminmax(part)
             if not (torch.isfinite(low) and torch.isfinite(high)):
-                kind = "NaN" if torch.isnan(low) else "infinite"
-                raise ModelError(
-                    f"model.name_or_path: {name!r} has weights that are {kind}, in {parameter_name!r}; the file is "
-                    "damaged, or was saved after a run that diverged"
-                )
+                return name, "NaN" if torch.isnan(low) else "infinite"
+    return None
 
 
 def _numbers(parameter: torch.Tensor) -> list[torch.Tensor]:
@@ -80,7 +93,7 @@ def _numbers(parameter: torch.Tensor) -> list[torch.Tensor]:
         nested = getattr(state, "state2", None)
         parts = [state.absmax, getattr(state, "offset", None), None if nested is None else nested.absmax]
     else:
-        parts = [getattr(parameter, "SCB", None), parameter.detach()]
+        parts = [getattr(parameter, "SCB", None), on_this_rank(parameter)]
     readable = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # 8-bit floats cannot be compared
     return [part for part in parts if part is not None and part.dtype in readable and part.numel() and not part.is_meta]
 

@@ -16,15 +16,15 @@ from fastalign.data.tokenization import SentenceTokenizer
 from fastalign.model.early_exit import hidden_at
 from fastalign.model.encode import pooled_at
 from fastalign.objectives.info_nce import alignment_loss, alignment_loss_of_vectors
-from fastalign.streams.base import MicroBatch, Stream, my_share, sum_over_ranks
+from fastalign.streams.base import MicroBatch, Stream, my_share, rank_and_world_size, sum_over_ranks, with_other_ranks
 from fastalign.streams.gradient_cache import GradientCache
 
 
 class AlignmentStream(Stream):
     """Both sides of all pairs of a micro-batch go through one forward that stops at the highest layer.
 
-    All pairs of an optimizer step are each other's negatives: where they take several micro-batches, through cached
-    gradients.
+    All pairs of an optimizer step are each other's negatives, those of this rank or of all ranks; where they take
+    several micro-batches, through cached gradients.
 
     Args:
         train, held_out: pairs.
@@ -60,7 +60,7 @@ class AlignmentStream(Stream):
             f"lower alignment.micro_batch_size (now {self.micro_batch_size}; the gradient stays the same)",
             f"lower alignment.max_length (now {config.max_length})",
         )
-        self._cache = GradientCache(self._vectors, self._objective)
+        self._cache = GradientCache(self._vectors, self._contrast)
 
     @staticmethod
     def language(row: Pair) -> str:
@@ -76,7 +76,9 @@ class AlignmentStream(Stream):
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         if micro_batch in self._cache:
             return self._cache.loss(model, micro_batch)
-        inputs, settings = micro_batch.inputs, self._settings([micro_batch])
+        if self._over_ranks:
+            return self._contrast(self._vectors(model, micro_batch), [micro_batch])
+        inputs, settings = micro_batch.inputs, self._settings(micro_batch.inputs["meaning"])
         states = hidden_at(model, self.layers, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         return self._over_layers(alignment_loss(layer, inputs["pool_mask"], **settings) for layer in states)
 
@@ -89,7 +91,7 @@ class AlignmentStream(Stream):
         """``eval_alignment_loss``: the objective on the held-out pairs, always in the same batches."""
         if not self.can_evaluate:
             return {}
-        size = self.rows_per_step
+        size = self.rows_per_step * (rank_and_world_size()[1] if self._over_ranks else 1)
         batches = [self.held_out[i : i + size] for i in range(0, len(self.held_out), size)]
         if len(batches) > 1 and len(batches[-1]) < size:
             batches.pop()  # fewer negatives would make it easier
@@ -98,7 +100,7 @@ class AlignmentStream(Stream):
             rows = range(0, len(batches[i]), self.micro_batch_size)
             parts = [self._collate(batches[i][j : j + self.micro_batch_size]).to(device) for j in rows]
             vectors = torch.cat([self._vectors(model, part) for part in parts], dim=-2)
-            loss = self._objective(vectors, parts).item()
+            loss = self._objective(vectors, _meaning(parts)).item()
             if counts:
                 total, pairs = total + loss * len(batches[i]), pairs + len(batches[i])
         total, pairs = sum_over_ranks([total, pairs], device)
@@ -109,9 +111,26 @@ class AlignmentStream(Stream):
         pooled = pooled_at(model, self.layers, micro_batch.inputs)
         return torch.stack(pooled).unflatten(1, (2, micro_batch.items))
 
-    def _objective(self, vectors: torch.Tensor, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+    @property
+    def _over_ranks(self) -> bool:
+        """Whether the pairs of the other ranks are negatives, too."""
+        return self.config.negatives == "world" and rank_and_world_size()[1] > 1
+
+    def _contrast(self, vectors: torch.Tensor, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+        """The loss of this rank's vectors (layers, 2, n, D), among those of all ranks where these are negatives.
+
+        Then its value is that over the pairs of all ranks, and its gradient, with respect to this rank's vectors, is
+        world size times as large: the mean over the ranks, which their wrapper takes, is then the whole gradient.
+        """
+        meaning = _meaning(micro_batches)
+        if not self._over_ranks:
+            return self._objective(vectors, meaning)
+        loss = self._objective(with_other_ranks(vectors, dim=-2), with_other_ranks(meaning))
+        return loss + (rank_and_world_size()[1] - 1) * (loss - loss.detach())
+
+    def _objective(self, vectors: torch.Tensor, meaning: torch.Tensor) -> torch.Tensor:
         """The loss of vectors (layers, 2, N, D): mean over the pairs, weighted over the layers."""
-        settings = self._settings(micro_batches)
+        settings = self._settings(meaning)
         return self._over_layers(
             alignment_loss_of_vectors(sources, targets, **settings) for sources, targets in vectors
         )
@@ -119,10 +138,9 @@ class AlignmentStream(Stream):
     def _over_layers(self, losses: Iterable[torch.Tensor]) -> torch.Tensor:
         return torch.stack([weight * loss for weight, loss in zip(self.layer_weights, losses, strict=True)]).sum()
 
-    def _settings(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
-        """Of the objective, for the pairs of these micro-batches."""
+    def _settings(self, meaning: torch.Tensor) -> dict[str, Any]:
+        """Of the objective, for pairs of these meanings."""
         config = self.config
-        meaning = torch.cat([micro_batch.inputs["meaning"] for micro_batch in micro_batches])
         return {
             "temperature": config.temperature,
             "direction": config.direction,
@@ -135,3 +153,7 @@ class AlignmentStream(Stream):
         inputs = self.tokenizer([pair.source for pair in rows] + [pair.target for pair in rows])
         inputs["meaning"] = torch.tensor([pair.meaning for pair in rows])
         return MicroBatch(inputs, tokens=int(inputs["attention_mask"].sum()), items=len(rows))
+
+
+def _meaning(micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+    return torch.cat([micro_batch.inputs["meaning"] for micro_batch in micro_batches])

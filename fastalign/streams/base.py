@@ -139,6 +139,26 @@ def gather_over_ranks(items: list[str]) -> list[str]:
     return [item for part in parts for item in part]
 
 
+def with_other_ranks(own: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """The tensors of all ranks, one behind the other along `dim`, in which they may differ in size.
+
+    This rank's part keeps its graph; no gradient goes to those of the others.
+    """
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
+        return own
+    counts = [torch.zeros(1, dtype=torch.int64, device=own.device) for _ in range(world_size)]
+    torch.distributed.all_gather(counts, torch.tensor([own.shape[dim]], device=own.device))
+    sizes = [int(count) for count in counts]
+    rows = own.detach().movedim(dim, 0)
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: sizes[rank]] = rows
+    parts = [torch.empty_like(padded) for _ in range(world_size)]
+    torch.distributed.all_gather(parts, padded)
+    everyone = [part[:size].movedim(0, dim) for part, size in zip(parts, sizes, strict=True)]
+    return torch.cat([*everyone[:rank], own, *everyone[rank + 1 :]], dim=dim)
+
+
 def rank_and_world_size() -> tuple[int, int]:
     """(0, 1) without a process group."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

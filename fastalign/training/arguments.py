@@ -19,6 +19,7 @@ from fastalign.config.checks import type_name
 from fastalign.errors import ConfigError
 from fastalign.model.loading import has_bf16
 from fastalign.streams.base import say
+from fastalign.training.zero import deepspeed_settings, refuse_contradictions
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -41,7 +42,7 @@ REFUSED = {
     "label_smoothing_factor": "the task's loss is plain cross-entropy",
     "group_by_length": "streams choose their own rows",
     "train_sampling_strategy": "streams choose their own rows",
-    "fsdp": "use DDP, or DeepSpeed ZeRO-2",
+    "fsdp": "use DDP, or DeepSpeed: training.deepspeed: zero3",
 }
 # ... and otherwise said, since configurations are copied.
 UNUSED = {
@@ -163,14 +164,21 @@ def checkpointing(training: Mapping[str, Any]) -> bool:
 
 
 def training_arguments(values: dict[str, Any]) -> TrainingArguments:
-    """`transformers.TrainingArguments` of these values. ConfigError with its reason where it refuses them."""
+    """`transformers.TrainingArguments` of these values. ConfigError where it, or DeepSpeed, cannot work with them."""
     from transformers import TrainingArguments
 
+    settings = deepspeed_settings(values)
+    if settings is not None:
+        refuse_contradictions(settings, values, int(os.environ.get("WORLD_SIZE", "1")))
     try:
-        arguments = TrainingArguments(**values)
+        arguments = TrainingArguments(**{**values, "deepspeed": settings})
     except Exception as error:  # its checks raise anything at all
         choice = [key for key, value in values.items() if f"{error}".startswith(f"{value} is not a valid")]
         raise ConfigError(f"training{''.join(f'.{key}' for key in choice[:1])}: {error}") from None
+    if settings is not None and torch.distributed.is_initialized():
+        import deepspeed
+
+        deepspeed.init_distributed()  # of the group that is there; without, ZeRO-3 would load as if on one rank
     arguments.remove_unused_columns = False
     for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the old name and the new one
         given = getattr(arguments, name, None)

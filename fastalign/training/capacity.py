@@ -17,6 +17,7 @@ from fastalign.training.arguments import effective_training, training_arguments
 from fastalign.training.memory import gigabytes
 from fastalign.training.needs import (
     CONTEXT,
+    SIDES,
     SPARE,
     Needs,
     Shape,
@@ -28,31 +29,21 @@ from fastalign.training.needs import (
     target,
     usable,
 )
-from fastalign.training.optimizer import zero_stage
 from fastalign.training.plan import plan
-from fastalign.training.prepare import NO_WORLD, aligned_layers, loaded_blocks, prepare, require_data
+from fastalign.training.prepare import aligned_layers, loaded_blocks, prepare, require_data
 from fastalign.training.preview import first_batches, shape_of
 from fastalign.training.schedule import Schedule
-from fastalign.training.zero import NO_ZERO3
 
 SIZES = tuple(2**i for i in range(8))  # micro-batches of the table
 MOST = 2**16  # that is looked for
-SIDES = {"alignment": 2}  # rows of an item of a micro-batch
 WAYS = (("none", True), ("nf4", False), ("nf4", True))  # (quantization, checkpointing) that may help, cheapest first
-NAMES = {
-    "base": "base",
-    "embedding": "embedding",
-    "head": "head",
-    "adapter": "adapter",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
-    "buckets": "buckets of DDP",
-}
+WORDS = {"buckets": "buckets of DDP"}  # for items whose name says too little
+OF_STREAMS = ("activations", "logits", "workspace")  # items that each stream has lines of its own for
 
 
 @offline_run
 def memory_report(config: Config, *, gpu_memory: str | None = None, gpus: int | None = None) -> dict[str, Any]:
-    """The predicted peak of a run, from the model's config alone.
+    """The predicted peak of a run. No weights are read: the model's config, the tokenizer, and the data if they can be.
 
     Args:
         gpu_memory: such as ``8GB``; not given: that of the GPU here, if there is one.
@@ -74,10 +65,6 @@ def memory_report(config: Config, *, gpu_memory: str | None = None, gpus: int | 
     computes = gpu_target(config) if gpu_memory is not None else target(config, here)
     if room is None and here.type == "cuda":
         room = torch.cuda.get_device_properties(here).total_memory
-    if zero_stage(config) == 3:
-        raise ConfigError(NO_ZERO3)
-    if ranks > 1 and config.alignment.negatives == "world":
-        raise ConfigError(NO_WORLD)
     needs = needs_of(config, run.hf_config, computes, run.blocks)
     limit = None if room is None else usable(room, on_gpu=True)
 
@@ -246,7 +233,8 @@ def _lines(config: Config, found: Mapping[str, Any], limit: int | None) -> list[
     where = "on the GPU" if found["context_bytes"] else "on the CPU"
     where = where if found["gpus"] == 1 else f"on each of {found['gpus']} ranks"
     lines = [f"{config.model.name_or_path}: what is needed {where}; no weights are read", *found["notes"], ""]
-    lines += [f"{NAMES[name]:<26}{gigabytes(count):>10}" for name, count in found["items"].items() if name in NAMES]
+    items = {name: count for name, count in found["items"].items() if name not in OF_STREAMS}
+    lines += [f"{WORDS.get(name, name):<26}{gigabytes(count):>10}" for name, count in items.items()]
     for name, part in found["streams"].items():
         unit = "pairs" if name == "alignment" else "rows"
         size = f"{part['micro_batch']:,} {unit}, {part['rows']:,} x {part['width']:,} tokens"

@@ -20,12 +20,12 @@ from fastalign.model.loading import add_adapter, compute_dtype, packing
 from fastalign.model.skeleton import Skeleton, skeleton
 from fastalign.training.arguments import checkpointing
 from fastalign.training.course import Course, Mode, course
-from fastalign.training.optimizer import optimizer_bytes, zero_stage
+from fastalign.training.optimizer import optimizer_bytes
+from fastalign.training.zero import zero_stage
 
 CONTEXT = 500 * 10**6  # bytes of a GPU that driver and libraries take before a tensor is there; assumed, not counted
 SPARE = {True: 0.05, False: 0.15}  # of what is left on a GPU or not: for what the allocator cannot use, and others take
-
-
+SIDES = {"alignment": 2}  # of a stream: rows of a forward that an item of its micro-batch is
 DEFAULT_LOGITS = logits_bytes(TaskConfig())  # where there is no config to ask
 
 
@@ -64,9 +64,12 @@ def target(config: Config, device: torch.device) -> Target:
     Args:
         config: with the effective ``training`` section.
     """
+    return Target(compute_dtype(config.model, device), _autocast(config.training), device.type == "cuda")
+
+
+def _autocast(training: Mapping[str, Any]) -> torch.dtype | None:
     formats = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    autocast = next((dtype for key, dtype in formats.items() if config.training.get(key)), None)
-    return Target(compute_dtype(config.model, device), autocast, device.type == "cuda")
+    return next((dtype for key, dtype in formats.items() if training.get(key)), None)
 
 
 def gpu_target(config: Config) -> Target:
@@ -160,8 +163,7 @@ def needs_of_model(model: Any, args: Any) -> Needs:
         quantization=model.config.quantization_config if packed else None,
         attention=model.config._attn_implementation or "auto",
     )
-    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    computes = Target(weight.dtype, autocast, args.device.type == "cuda")
+    computes = Target(weight.dtype, _autocast(vars(args)), args.device.type == "cuda")
     return Needs(built, computes, checkpointing(vars(args)))
 
 
@@ -178,7 +180,7 @@ def memory(config: Config, needs: Needs, shapes: Mapping[str, Shape], ranks: int
     gradients, optimizer = size.adapter, optimizer_bytes(size, config)
     if config.schedule.mode == "joint" and ranks == 1:
         gradients *= 2  # those of the first stream are kept aside, to tell the norms apart
-    stage = zero_stage(config) if ranks > 1 else None
+    stage = zero_stage(config.training) if ranks > 1 else None
     saved = 0
     if stage:  # 1: the optimizer is parted, 2: and the gradients
         whole = gradients + optimizer

@@ -1,16 +1,14 @@
-"""What the optimizer keeps of the adapter, and what DeepSpeed parts of it among the ranks."""
+"""What the optimizer keeps of the adapter."""
 
 from __future__ import annotations
 
 import functools
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastalign.config import Config
-from fastalign.errors import ConfigError
 from fastalign.model.skeleton import Skeleton
 
 
@@ -57,18 +55,3 @@ def _optimizer(size: Skeleton, chosen: dict[str, Any]) -> Any:
         for j, weight in enumerate(group["params"]):
             optimizer.init_state(group, weight, i, j)
     return optimizer
-
-
-def zero_stage(config: Config) -> int | None:
-    """Of ``training.deepspeed``; None without it. Raises ConfigError where it cannot be read."""
-    settings = config.training.get("deepspeed")
-    if not settings:
-        return None
-    if isinstance(settings, str):
-        try:
-            settings = json.loads(Path(settings).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"training.deepspeed: {settings!r} cannot be read: {error}") from None
-    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
-    return stage if isinstance(stage, int) else 0

@@ -19,8 +19,6 @@ from fastalign.training.inputs import Inputs, build_streams, read_inputs, senten
 from fastalign.training.plan import total_steps
 from fastalign.training.schedule import Schedule
 
-NO_WORLD = "alignment.negatives: world is not supported on several ranks yet; use rank"
-
 
 @dataclass
 class Prepared:
@@ -67,8 +65,6 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Prepared:
     inputs = read_inputs(config)
     config = replace(config, training=effective_training(config, inputs.can_evaluate))
     args = training_arguments(config.training)
-    if config.alignment.negatives == "world" and args.world_size > 1:
-        raise ConfigError(NO_WORLD)
     found = gather_over_ranks([str(checkpoint or "")])[0]
     checkpoint = Path(found) if found else None
     inputs.begin(config, args, checkpoint)

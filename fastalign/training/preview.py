@@ -17,7 +17,7 @@ from fastalign.streams.base import MicroBatch, Stream
 from fastalign.training.checkpoint import checkpoint_to_resume
 from fastalign.training.forecast import forecast
 from fastalign.training.memory import free_bytes, gigabytes
-from fastalign.training.needs import Shape
+from fastalign.training.needs import SIDES, Shape
 from fastalign.training.output import require_free_folder
 from fastalign.training.plan import plan, plan_lines
 from fastalign.training.prepare import Prepared, prepare, require_data
@@ -148,7 +148,7 @@ def preview_lines(found: Mapping[str, Any]) -> list[str]:
 
 def shape_of(stream: Stream, batches: Sequence[MicroBatch]) -> Shape:
     """What a stream puts through the model, by the first batches of it."""
-    sides = 2 if stream.name == "alignment" else 1
+    sides = SIDES.get(stream.name, 1)
     widths = [batch.inputs["input_ids"].shape[1] for batch in batches]
     return Shape(
         rows_per_step=sides * stream.rows_per_step,

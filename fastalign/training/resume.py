@@ -20,6 +20,7 @@ from fastalign.config import Config, config_from_dict, config_to_dict
 from fastalign.errors import ConfigError
 from fastalign.streams.base import say
 from fastalign.training.checkpoint import RECORD
+from fastalign.training.zero import deepspeed_settings
 
 SHOWN = 3  # differences that a message names
 
@@ -57,9 +58,8 @@ def run_record(
     """
     data = {key: [_content(file) for file in files.get(key, [])] for key in DATA}
     record = {"config": config_to_dict(config), "data": data, "ranks": world_size, "blocks": blocks}
-    deepspeed = config.training.get("deepspeed")
-    if isinstance(deepspeed, str) and Path(deepspeed).is_file():
-        record["config"]["training"]["deepspeed"] = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+    if config.training.get("deepspeed"):  # by its content: a file may have changed, and a preset may be spelled out
+        record["config"]["training"]["deepspeed"] = deepspeed_settings(config.training)
     return json.loads(json.dumps(record, default=str))  # as it is read back
 
 

@@ -20,6 +20,7 @@ from fastalign.model.device import device_name, kernels
 from fastalign.model.early_exit import hidden_at
 from fastalign.model.loading import add_adapter, load_model
 from fastalign.model.quantization import effective_quantization
+from fastalign.model.sharding import has_shards
 from fastalign.probing.retrieval import choose_pairs, retrieval
 from fastalign.streams.base import is_first_rank, say
 from fastalign.training.checkpoint import (
@@ -253,7 +254,12 @@ class _MeasureBefore(TrainerCallback):
 
 @torch.no_grad()
 def _try_early_exit(model: torch.nn.Module, layers: list[int]) -> None:
-    """ModelError now, before anything is overwritten, if this model cannot be left early."""
+    """ModelError now, before anything is overwritten, if this model cannot be left early.
+
+    One in shards cannot run before it is in DeepSpeed's engine: there it is seen at the first use.
+    """
+    if has_shards(model):
+        return
     hidden_at(model, layers, input_ids=torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device))
 
 

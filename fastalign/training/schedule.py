@@ -22,9 +22,13 @@ class Schedule:
     ratio: float = 1.0
 
     def at(self, step: int) -> list[tuple[str, int]]:
-        """(stream, how many steps of that stream came before) for optimizer step `step`, counted from 0."""
+        """(stream, how many steps of that stream came before) for optimizer step `step`, counted from 0.
+
+        The last stream of a step goes through all blocks: with its optimizer on the CPU, ZeRO-3 takes the gradients
+        of those parameters only that the last backward has reached.
+        """
         if self.mode == "joint":
-            return [("task", step), ("alignment", step)]
+            return [("alignment", step), ("task", step)]
         if self.mode == "align_only":
             return [("alignment", step)]
         before = self.task_steps(step)

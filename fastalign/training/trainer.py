@@ -28,7 +28,8 @@ from fastalign.config import nearest
 from fastalign.data.streaming import StreamedRows
 from fastalign.errors import ConfigError
 from fastalign.model.loading import same_formats
-from fastalign.streams.base import MicroBatch, Stream, gather_over_ranks, rank_and_world_size
+from fastalign.model.sharding import on_this_rank
+from fastalign.streams.base import MicroBatch, Stream, gather_over_ranks, rank_and_world_size, sum_over_ranks
 from fastalign.training.checkpoint import PLACES, RECORD, STATE, rotate, staged, write_text
 from fastalign.training.failures import Moment, out_of_memory, stop_not_finite, stop_ruined_adapter
 from fastalign.training.memory import told_out_of_memory
@@ -37,7 +38,7 @@ from fastalign.training.plan import total_steps
 from fastalign.training.progress import show_progress
 from fastalign.training.resume import TakeUp
 from fastalign.training.schedule import Schedule
-from fastalign.training.zero import refuse_zero3, zero_term
+from fastalign.training.unreached import clear_gradients, zero_term
 
 SETTLE_EVERY = 10  # steps; at each, the losses are read from the GPU
 
@@ -50,7 +51,8 @@ class _Work:
     micro_batch: MicroBatch
     siblings: list[MicroBatch] | None  # all of the stream's micro-batches, at the first of them
     closes_stream: bool
-    closes_step: bool
+    opens_step: bool = False
+    closes_step: bool = False
 
 
 class AlignTrainer(Trainer):
@@ -103,7 +105,6 @@ class AlignTrainer(Trainer):
                 f"training.metric_for_best_model: {metric!r} is not measured{nearest(metric, known)}; there are: "
                 f"{', '.join('eval_' + name for name in known)}"
             )
-        refuse_zero3(bool(args.deepspeed))
         options: Any = args.gradient_checkpointing_kwargs or {}
         if args.world_size > 1 and options.get("use_reentrant"):
             raise ConfigError("training.gradient_checkpointing_kwargs: use_reentrant cannot work on several ranks")
@@ -144,8 +145,8 @@ class AlignTrainer(Trainer):
             batches = [batch.to(device) for batch in self.streams[name].micro_batches(index, rank, world_size)]
             for i, batch in enumerate(batches):
                 last = i == len(batches) - 1
-                work.append(_Work(name, batch, batches if i == 0 else None, closes_stream=last, closes_step=False))
-        work[-1].closes_step = True
+                work.append(_Work(name, batch, batches if i == 0 else None, closes_stream=last))
+        work[0].opens_step = work[-1].closes_step = True
         edges = [i * len(work) // num_batches for i in range(num_batches + 1)]
         return [work[start:end] for start, end in pairwise(edges)], None
 
@@ -161,6 +162,8 @@ class AlignTrainer(Trainer):
             stream = self.streams[work.stream]
             self._moment = Moment(stream, work.micro_batch, number, _allocated(self.args.device))
             with self.meter.timing(work.stream, number, opens_step=work.siblings is not None) as step:
+                if work.opens_step:
+                    clear_gradients(model)
                 if work.siblings is not None:
                     with self.compute_loss_context_manager():
                         stream.begin_step(model, work.siblings)
@@ -170,7 +173,7 @@ class AlignTrainer(Trainer):
                     step.add(loss, work.micro_batch)
                     loss = loss * stream.weight
                     total += loss.detach()
-                    self._backward(loss + zero_term(model) if work.closes_step else loss)
+                    self._backward(loss + zero_term(model) if work.opens_step or work.closes_step else loss)
             if work.closes_stream:
                 self._measure_gradient(model, work)
         self._moment = None
@@ -283,8 +286,9 @@ class AlignTrainer(Trainer):
     def require_finite_adapter(self) -> None:
         """RunError where an update has ruined the weights, though the loss before it was finite: they are not saved."""
         model: Any = self.model
-        largest = [p.detach().abs().amax().float() for p in model.parameters() if p.requires_grad]
-        if not bool(torch.stack(largest).isfinite().all()):
+        largest = [on_this_rank(p).abs().amax().float() for p in model.parameters() if p.requires_grad]
+        ruined = float(not bool(torch.stack(largest).isfinite().all()))
+        if sum_over_ranks([ruined], self.args.device)[0]:  # shards differ, but all ranks have to stop
             step = self.state.global_step
             streams = " and ".join(name for name, _ in self.schedule.at(step - 1))
             raise stop_ruined_adapter(streams, step, self._folder)

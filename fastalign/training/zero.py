@@ -1,34 +1,155 @@
-"""One rule for parameters that a step did not reach: they get a zero gradient.
-
-An alignment step at layer l leaves the adapters above l without a gradient. What an optimizer makes of that differs:
-on one process AdamW skips such a parameter, DDP refuses the step or looks for unused parameters, and DeepSpeed
-(ZeRO-2 with CPU offload, ZeRO-3) updates it with the gradient of the *previous* step. A zero gradient, by contrast,
-means the same everywhere: momentum and weight decay go on. So the last loss of every step gets a term of zero value
-that touches all trainable parameters. ZeRO-3 partitions them, which that term cannot cross; it is refused.
-"""
+"""DeepSpeed's settings: presets by name, or the user's own, completed and compared with the rest of the config."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+from fastalign.config import TRAINING_DEFAULTS, nearest
 from fastalign.errors import ConfigError
 
-NO_ZERO3 = (
-    "training.deepspeed: ZeRO-3 is not supported yet, because layers above the aligned one would be updated with stale "
-    "gradients; use ZeRO-2"
+PRESETS = tuple(f"zero{stage}{offload}" for stage in (1, 2, 3) for offload in ("", "-offload"))
+"""ZeRO stages; ``-offload`` keeps the optimizer, and under ZeRO-3 the base too, in the CPU's memory."""
+
+# Elements of a buffer that gradients are exchanged in. DeepSpeed's default of 5e8 takes a gigabyte for an adapter of
+# some millions.
+BUCKET = 2**24
+# Of ZeRO-3, in elements: parameters that are whole at a time, those fetched ahead, and one that is never parted.
+LIVE, AHEAD, SMALL = 2**27, 2**24, 10**5
+
+# What is the same in two places: DeepSpeed's key, and ours (of ``training:``).
+SAME = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "bf16.enabled": "bf16",
+    "fp16.enabled": "fp16",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.eps": "adam_epsilon",
+    "optimizer.params.weight_decay": "weight_decay",
+    "scheduler.params.warmup_max_lr": "learning_rate",
+}
+# What settings get that do not say it: the value of ours, instead of a default of DeepSpeed's (such as no clipping).
+FROM_OURS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
 )
 
 
-def zero_term(model: nn.Module) -> torch.Tensor:
-    """A scalar 0 whose gradient is zero, not None, for every trainable parameter."""
-    parts = [parameter.sum().float() for parameter in model.parameters() if parameter.requires_grad]
-    return 0.0 * torch.stack(parts).sum()
+def preset(name: str) -> dict[str, Any]:
+    """The settings of one of `PRESETS`, as DeepSpeed takes them."""
+    stage, offload = int(name[len("zero")]), name.endswith("-offload")
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET}
+    if stage == 3:
+        zero |= {
+            "stage3_max_live_parameters": LIVE,
+            "stage3_max_reuse_distance": LIVE,
+            "stage3_prefetch_bucket_size": AHEAD,
+            "stage3_param_persistence_threshold": SMALL,
+        }
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    return {"zero_optimization": zero}
 
 
-def refuse_zero3(deepspeed: bool) -> None:
-    """ConfigError under ZeRO-3: layers that a step skips would be trained on stale gradients, in silence."""
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+def deepspeed_settings(training: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What DeepSpeed is told, of ``training.deepspeed``: a preset's name, a JSON file, or the settings; None without.
 
-    if deepspeed and is_deepspeed_zero3_enabled():
-        raise ConfigError(NO_ZERO3)
+    Args:
+        training: the ``training`` section.
+
+    Raises:
+        ConfigError: there is no such preset or file, it cannot be read, or it has no stage from 0 to 3.
+    """
+    given = training.get("deepspeed")
+    if not given:
+        return None
+    found = _settings(given)
+    zero = found.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if not isinstance(stage, int) or not 0 <= stage <= 3:
+        raise ConfigError(f"training.deepspeed: zero_optimization.stage must be 0, 1, 2 or 3, not {zero!r:.60}")
+    for key in FROM_OURS:
+        found.setdefault(key, "auto")
+    # Ours are the optimizers of training.optim, which DeepSpeed does not know; it has no native code to build for them.
+    found.setdefault("zero_allow_untested_optimizer", True)
+    found.setdefault("zero_force_ds_cpu_optimizer", False)
+    found.setdefault("steps_per_print", 2**31)
+    return found
+
+
+def zero_stage(training: Mapping[str, Any]) -> int | None:
+    """0 to 3; None without DeepSpeed. Raises ConfigError as `deepspeed_settings`."""
+    settings = deepspeed_settings(training)
+    return None if settings is None else settings.get("zero_optimization", {}).get("stage", 0)
+
+
+def offloads(training: Mapping[str, Any], what: str) -> bool:
+    """Whether the ``optimizer`` or the ``param``s lie in the CPU's memory, or on a disk."""
+    settings = deepspeed_settings(training) or {}
+    part = settings.get("zero_optimization", {}).get(f"offload_{what}") or {}
+    return part.get("device", "none") not in (None, "none")
+
+
+def refuse_contradictions(settings: Mapping[str, Any], training: Mapping[str, Any], world_size: int) -> None:
+    """ConfigError where DeepSpeed's settings and ours are at odds: names all such keys, with both values.
+
+    Args:
+        settings: as `deepspeed_settings` gives them. training: the ``training`` section, with our defaults.
+        world_size: number of ranks.
+    """
+    from transformers import TrainingArguments
+
+    known = {field.name: field.default for field in dataclasses.fields(TrainingArguments)} | {**training}
+    wanted = {theirs: (f"training.{ours}", known[ours]) for theirs, ours in SAME.items()}
+    micro, accumulation = known["per_device_train_batch_size"], known["gradient_accumulation_steps"]
+    rows = f"per_device_train_batch_size {micro} x gradient_accumulation_steps {accumulation} x {world_size} ranks"
+    wanted["train_batch_size"] = (rows, micro * accumulation * world_size)
+    wanted["optimizer.params.betas"] = ("training.adam_beta1, adam_beta2", [known["adam_beta1"], known["adam_beta2"]])
+    wrong = []
+    for key, (name, ours) in wanted.items():
+        theirs, ours = _value(settings, key), bool(ours) if key.endswith("enabled") else ours
+        if theirs not in (None, "auto") and theirs != ours:
+            wrong.append(f"{key} is {theirs!r}, but {name} is {ours!r}")
+    for key, ours in (("optimizer.type", "optim"), ("scheduler.type", "lr_scheduler_type")):
+        if _value(settings, key) and ours in training and training[ours] != TRAINING_DEFAULTS.get(ours):
+            wrong.append(f"{key} is {_value(settings, key)!r}, but training.{ours} is {training[ours]!r}")
+    if wrong:
+        raise ConfigError(
+            f"training.deepspeed is at odds with the rest of the config: {'; '.join(wrong)}; leave these keys out of "
+            'the DeepSpeed settings, or set them to "auto" there'
+        )
+
+
+def _settings(given: Any) -> dict[str, Any]:
+    if isinstance(given, dict):
+        return copy.deepcopy(given)
+    if given in PRESETS:
+        return preset(given)
+    if not Path(given).is_file():
+        raise ConfigError(
+            f"training.deepspeed: {given!r} is neither a preset{nearest(given, PRESETS)} nor a JSON file; the presets "
+            f"are {', '.join(PRESETS)}"
+        )
+    try:
+        found = json.loads(Path(given).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"training.deepspeed: {given!r} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"training.deepspeed: {given!r} must hold keys and values, not {type(found).__name__}")
+    return found
+
+
+def _value(settings: Mapping[str, Any], key: str) -> Any:
+    found: Any = settings
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
