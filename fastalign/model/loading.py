@@ -124,10 +124,11 @@ def load_model(config: ModelConfig, device: torch.device = CPU, blocks: int | No
         if config.attn_implementation != "auto":
             options["attn_implementation"] = config.attn_implementation
         model_class: Any = AutoModelForCausalLM
-        packed = packing(config, hf_config, dtype, blocks, sharded=is_deepspeed_zero3_enabled())
+        sharded = is_deepspeed_zero3_enabled()
+        packed = packing(config, hf_config, dtype, blocks, sharded=sharded)
         if blocks is not None:
             model_class, hf_config = short_class(hf_config, blocks), shortened(hf_config, blocks)
-        if packed is not None:
+        if packed is not None and not sharded:  # else transformers takes this rank's device by itself
             options["device_map"] = {"": device}
         if stored_quantization(hf_config) is not None:
             hf_config.quantization_config = packed
