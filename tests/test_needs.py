@@ -19,6 +19,7 @@ from fastalign.model.head import through_head
 from fastalign.model.loading import add_adapter, load_model, load_model_config
 from fastalign.objectives.cross_entropy import ChunkedCrossEntropy
 from fastalign.training.needs import Needs, Shape, Target, logits_at_once, memory, needs_of, needs_of_model, target
+from fastalign.training.zero import AHEAD, BUCKET, LIVE, PRESETS, preset
 
 CPU = torch.device("cpu")
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -281,19 +282,40 @@ def test_logits_are_what_the_loss_makes_of_its_rows_up_to_the_limit(name: str, d
     assert logits_at_once(7, hf_config, dtype.itemsize, None) == 7 * 300 * (2 * dtype.itemsize + 4)
 
 
-def test_zero_parts_gradients_and_optimizer_and_ddp_copies_the_gradients(raw_config: dict) -> None:
+def test_zero_parts_what_it_says_and_ddp_copies_the_gradients(raw_config: dict) -> None:
     def items(ranks: int, **training: Any) -> dict[str, Any]:
         config = config_from_dict({**raw_config, "training": training})
         return memory(config, needs_of(config, load_model_config(config.model), FULL), {}, ranks)
 
     alone, ddp = items(1), items(2)["items"]
     assert alone["zero"] is None and "buckets" not in alone["items"] and ddp["buckets"] == ddp["adapter"]
-    for stage, parted in ((1, ["optimizer"]), (2, ["optimizer", "gradients"])):
-        found = items(4, deepspeed={"zero_optimization": {"stage": stage}})
-        for name in ("optimizer", "gradients"):
-            whole = alone["items"][name]
-            assert found["items"][name] == (-(-whole // 4) if name in parted else whole)
-        assert found["zero"] == {"stage": stage, "saved": alone["peak"] - found["peak"]}
+    held = ("base", "embedding", "head", "adapter", "gradients", "optimizer")
+    parts = {1: held[5:], 2: held[4:], 3: held}
+    away = {"offload_optimizer": held[4:], "offload_param": held[:4]}
+    for name in PRESETS:
+        stage, offloads = int(name[4]), preset(name)["zero_optimization"].keys() & away.keys()
+        gone = [item for key in offloads for item in away[key] if item in parts[stage]]
+        found = items(4, deepspeed=name)
+        for item in held:
+            whole = alone["items"][item]
+            assert found["items"][item] == (0 if item in gone else -(-whole // 4) if item in parts[stage] else whole)
+        assert found["items"]["buckets"] == 4 * BUCKET
+        saved = sum(alone["items"][item] - found["items"][item] for item in held)
+        assert found["zero"] == {"stage": stage, "saved": saved}
+        whole = sum(alone["items"][item] for item in held[:4])
+        assert found["items"].get("gathered") == (min(whole, 4 * (LIVE + AHEAD)) if stage == 3 else None)
+
+
+def test_negatives_of_all_ranks_bring_their_vectors(raw_config: dict) -> None:
+    shapes = {"alignment": Shape(16, 8, 32, 2)}
+
+    def peak(ranks: int, negatives: str) -> int:
+        raw = {**raw_config, "alignment": {"negatives": negatives, "layer": [1, 2]}}
+        config = config_from_dict(raw)
+        return memory(config, needs_of(config, load_model_config(config.model), FULL), shapes, ranks)["peak"]
+
+    assert peak(1, "world") == peak(1, "rank")
+    assert peak(3, "world") - peak(3, "rank") == 2 * (3 - 1) * 16 * 64 * 4  # layers, other ranks, rows, width, fp32
 
 
 @pytest.mark.slow

@@ -94,8 +94,8 @@ def quant_storage(dtype: torch.dtype, *, sharded: bool) -> torch.dtype:
     """The number format that packed weights pose as; the bits are the same.
 
     On one process, under DDP and ZeRO-1/2 each rank holds whole parameters: bytes (uint8). Where parameters are
-    sharded over the ranks (ZeRO-3), they are gathered in flat buffers of one floating format, so that packed weights
-    have to pose as the format of all others, `dtype`. (This version refuses ZeRO-3 for another reason.)
+    sharded over the ranks (ZeRO-3), those of one format are gathered together, so that packed weights pose as `dtype`,
+    as all others. (A checkpoint that is stored as bytes works there, too, with more and smaller messages.)
     """
     return dtype if sharded else torch.uint8
 

@@ -37,7 +37,7 @@ from fastalign.training.schedule import Schedule
 SIZES = tuple(2**i for i in range(8))  # micro-batches of the table
 MOST = 2**16  # that is looked for
 WAYS = (("none", True), ("nf4", False), ("nf4", True))  # (quantization, checkpointing) that may help, cheapest first
-WORDS = {"buckets": "buckets of DDP"}  # for items whose name says too little
+WORDS = {"buckets": "buckets of gradients", "gathered": "gathered by ZeRO-3"}  # for items whose name says too little
 OF_STREAMS = ("activations", "logits", "workspace")  # items that each stream has lines of its own for
 
 
@@ -245,7 +245,7 @@ def _lines(config: Config, found: Mapping[str, Any], limit: int | None) -> list[
     lines.append(f"{'peak':<26}{gigabytes(found['peak_bytes']):>10}   the streams take turns: the larger one counts")
     if found["zero"]:
         stage, saved = found["zero"]["stage"], gigabytes(found["zero"]["saved"])
-        lines.append(f"ZeRO-{stage} over {found['gpus']} GPUs: {saved} of gradients and optimizer lie on the others")
+        lines.append(f"ZeRO-{stage} over {found['gpus']} GPUs: {saved} lie on the others, or in the CPU's memory")
     if found["context_bytes"]:
         lines.append(f"{'driver and libraries':<26}{gigabytes(CONTEXT):>10}   assumed, beside the peak")
     names = list(found["streams"])

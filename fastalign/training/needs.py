@@ -21,7 +21,7 @@ from fastalign.model.skeleton import Skeleton, skeleton
 from fastalign.training.arguments import checkpointing
 from fastalign.training.course import Course, Mode, course
 from fastalign.training.optimizer import optimizer_bytes
-from fastalign.training.zero import zero_stage
+from fastalign.training.zero import parted, zero_stage
 
 CONTEXT = 500 * 10**6  # bytes of a GPU that driver and libraries take before a tensor is there; assumed, not counted
 SPARE = {True: 0.05, False: 0.15}  # of what is left on a GPU or not: for what the allocator cannot use, and others take
@@ -173,24 +173,30 @@ def memory(config: Config, needs: Needs, shapes: Mapping[str, Shape], ranks: int
     Returns:
         ``{"items": {item: bytes}, "streams": {name: as `Needs.above`}, "peak", "zero"}``. The items add up to `peak`;
         streams take turns, so that what they need is that of the one that needs most. zero: ``{"stage", "saved"}``
-        where DeepSpeed parts gradients or optimizer among the ranks, else None.
+        where DeepSpeed parts something among the ranks, or keeps it in the CPU's memory, else None.
     """
     size = needs.skeleton
-    items = {"base": size.base, "embedding": size.embedding, "head": size.head, "adapter": size.adapter}
     gradients, optimizer = size.adapter, optimizer_bytes(size, config)
     if config.schedule.mode == "joint" and ranks == 1:
         gradients *= 2  # those of the first stream are kept aside, to tell the norms apart
+    items = {"base": size.base, "embedding": size.embedding, "head": size.head, "adapter": size.adapter}
     stage = zero_stage(config.training) if ranks > 1 else None
-    saved = 0
-    if stage:  # 1: the optimizer is parted, 2: and the gradients
-        whole = gradients + optimizer
-        optimizer = -(-optimizer // ranks)
-        gradients = gradients if stage < 2 else -(-gradients // ranks)
-        saved = whole - gradients - optimizer
+    if stage is not None and _autocast(config.training):  # DeepSpeed's own way: 16 bits, and a copy in fp32
+        items["adapter"] = gradients = 2 * size.trainable
+        optimizer += 4 * size.trainable
     items |= {"gradients": gradients, "optimizer": optimizer}
-    if ranks > 1 and stage is None:
+    whole = sum(items.values())
+    if stage is not None:
+        items = parted(items, config.training, ranks, size.itemsize)
+    elif ranks > 1:
         items["buckets"] = size.adapter  # DDP copies the gradients into them
+    saved = whole - sum(count for name, count in items.items() if name not in ("buckets", "gathered"))
     streams = {name: needs.above(shape, logits_bytes(config.task)) for name, shape in shapes.items()}
+    if ranks > 1 and config.alignment.negatives == "world" and "alignment" in streams:
+        layers = len(config.alignment.layer) if isinstance(config.alignment.layer, list) else 1
+        others = 4 * layers * (ranks - 1) * shapes["alignment"].rows_per_step * size.text_config.hidden_size
+        for name in ("workspace", "peak"):  # the vectors of the other ranks, in fp32
+            streams["alignment"][name] += others
     worst = max(streams.values(), key=lambda part: part["peak"], default=None)
     items |= _at_worst(worst) if worst else {}
     return {

@@ -9,7 +9,10 @@ and weight decay go on. There are two ways to it, and every step takes both:
 - Whole parameters (one process, DDP, ZeRO-1 and 2): the first and the last loss of a step get `zero_term`. The last,
   because that is when gradients are exchanged; the first, because ZeRO-2 with the optimizer on the CPU adds what is
   reached only later to what it has of the previous step.
-- Parameters in shards (ZeRO-3), which such a term cannot cross: `clear_gradients` before the first backward.
+- Parameters in shards (ZeRO-3), which such a term cannot cross: `clear_gradients` before the first backward. With the
+  optimizer on the CPU it also takes a last backward that reaches what an earlier one did, or DeepSpeed loses the
+  gradient of that one: hence the order within a joint step (`Schedule.at`). An expert that only an earlier micro-batch
+  of a step reaches does lose it there.
 """
 
 from __future__ import annotations

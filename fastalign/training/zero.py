@@ -92,11 +92,41 @@ def zero_stage(training: Mapping[str, Any]) -> int | None:
     return None if settings is None else settings.get("zero_optimization", {}).get("stage", 0)
 
 
-def offloads(training: Mapping[str, Any], what: str) -> bool:
-    """Whether the ``optimizer`` or the ``param``s lie in the CPU's memory, or on a disk."""
+def parted(items: Mapping[str, int], training: Mapping[str, Any], ranks: int, itemsize: int) -> dict[str, int]:
+    """What one of several ranks holds of these bytes under ZeRO, with the buffers that DeepSpeed adds.
+
+    Args:
+        items: bytes on one rank alone: base, embedding, head, adapter, gradients, optimizer.
+        training: the ``training`` section, with DeepSpeed. itemsize: bytes of a number of the base.
+
+    Returns:
+        These items, `buckets` (that gradients are exchanged in), and under ZeRO-3 `gathered`: parameters that are
+        whole at a time, at most.
+    """
     settings = deepspeed_settings(training) or {}
-    part = settings.get("zero_optimization", {}).get(f"offload_{what}") or {}
-    return part.get("device", "none") not in (None, "none")
+    zero = settings.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if not stage:
+        return {**items, "buckets": items["gradients"]}
+    held = dict(items)
+    optimizer, parameters = (
+        ["optimizer", *(["gradients"] if stage > 1 else [])],
+        ["base", "embedding", "head", "adapter"],
+    )
+    for names, key in ((optimizer, "offload_optimizer"), (parameters if stage == 3 else [], "offload_param")):
+        away = (zero.get(key) or {}).get("device", "none") != "none"
+        held |= {name: 0 if away else -(-items[name] // ranks) for name in names}
+    held["buckets"] = itemsize * _number(zero, "reduce_bucket_size", 5 * 10**8)
+    if stage == 3:
+        live = _number(zero, "stage3_max_live_parameters", 10**9)
+        ahead = _number(zero, "stage3_prefetch_bucket_size", 5 * 10**7)
+        held["gathered"] = min(sum(items[name] for name in parameters), itemsize * (live + ahead))
+    return held
+
+
+def _number(zero: Mapping[str, Any], key: str, default: int) -> int:
+    given = zero.get(key, default)
+    return int(given) if isinstance(given, (int, float)) else default  # "auto" comes of the model's width
 
 
 def refuse_contradictions(settings: Mapping[str, Any], training: Mapping[str, Any], world_size: int) -> None:
