@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from fastalign.config import config_from_dict
 from fastalign.errors import ConfigError
+from fastalign.training.run import train
 from fastalign.training.zero import PRESETS, deepspeed_settings, preset, refuse_contradictions, zero_stage
 from tests.configs import load
 
@@ -108,3 +110,11 @@ def test_settings_that_agree_or_say_nothing_pass() -> None:
 
 def test_a_preset_may_stand_in_the_config(tmp_path: Path) -> None:
     assert load(tmp_path, "training: {deepspeed: zero2}").training["deepspeed"] == "zero2"
+
+
+def test_without_a_launcher_it_is_refused_before_anything_is_read(raw_config: dict, tmp_path: Path) -> None:
+    raw_config["training"]["deepspeed"] = "zero3-offload"
+    raw_config["model"]["name_or_path"] = "nowhere"
+    with pytest.raises(ConfigError, match="needs a launcher, for one GPU, too: deepspeed --num_accelerators 1"):
+        train(config_from_dict(raw_config))
+    assert not (tmp_path / "out").exists()

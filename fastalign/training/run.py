@@ -40,6 +40,7 @@ from fastalign.training.prepare import Prepared, prepare, require_data
 from fastalign.training.record import versions
 from fastalign.training.resume import require_same_run, run_record
 from fastalign.training.trainer import AlignTrainer
+from fastalign.training.zero import require_launcher
 
 Probe = Callable[[Any], dict[str, Any]]
 # What the Trainer raises for a setting that it cannot work with.
@@ -64,6 +65,7 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
     """
     started = time.perf_counter()
     require_data(config)
+    require_launcher(config.training)
     with locked(config.output_dir) as lock:
         checkpoint, resumes = _begin(config, overwrite) if is_first_rank() else (None, False)
         run = prepare(config, checkpoint)

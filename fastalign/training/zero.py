@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,15 @@ def parted(items: Mapping[str, int], training: Mapping[str, Any], ranks: int, it
 def _number(zero: Mapping[str, Any], key: str, default: int) -> int:
     given = zero.get(key, default)
     return int(given) if isinstance(given, (int, float)) else default  # "auto" comes of the model's width
+
+
+def require_launcher(training: Mapping[str, Any]) -> None:
+    """ConfigError where DeepSpeed is asked for in a process that no launcher has started, on one GPU, too."""
+    if training.get("deepspeed") and "RANK" not in os.environ:
+        raise ConfigError(
+            "training.deepspeed needs a launcher, for one GPU, too: deepspeed --num_accelerators 1 --module fastalign "
+            "train ..., or torchrun --nproc_per_node 1 -m fastalign train ...; or leave the key out"
+        )
 
 
 def refuse_contradictions(settings: Mapping[str, Any], training: Mapping[str, Any], world_size: int) -> None:
