@@ -199,7 +199,11 @@ class AlignmentConfig:
         "gradient: all pairs of the step are each other's negatives. Below batch_size costs one more forward.",
         None,
     )
-    negatives: Literal["rank", "world"] = _help("Negatives from this rank, or from all ranks.", "rank")
+    negatives: Literal["rank", "world"] = _help(
+        "Other pairs of the step to contrast with: those of this rank, or of all ranks, so that several ranks train "
+        "exactly what one with all of their pairs would.",
+        "rank",
+    )
     weight: float = _help(
         "Factor of the alignment loss. Under `alternate` with Adam it hardly acts, because Adam divides it out again: "
         "use schedule.ratio there.",
