@@ -19,6 +19,7 @@ from fastalign.config.checks import type_name
 from fastalign.errors import ConfigError
 from fastalign.model.loading import has_bf16
 from fastalign.streams.base import say
+from fastalign.training.joining import make_group
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -166,6 +167,7 @@ def training_arguments(values: dict[str, Any]) -> TrainingArguments:
     """`transformers.TrainingArguments` of these values. ConfigError with its reason where it refuses them."""
     from transformers import TrainingArguments
 
+    make_group(values)
     try:
         arguments = TrainingArguments(**values)
     except Exception as error:  # its checks raise anything at all
