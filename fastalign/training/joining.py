@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from torch import distributed
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, distributed_c10d  # type: ignore[attr-defined]
+from transformers import TrainerCallback
 
 from fastalign import errors
 from fastalign.config import Config, config_to_dict
@@ -115,6 +116,16 @@ def make_group(training: Mapping[str, Any]) -> None:
         ) from error
 
 
+class SameTimeout(TrainerCallback):
+    """`training.ddp_timeout` for the groups that DeepSpeed makes for itself, too; left alone they have torch's own."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """By then there are all of them."""
+        if _ranks is not None and distributed.is_initialized():
+            for group in [*distributed_c10d._world.pg_map]:
+                distributed_c10d._set_pg_timeout(timedelta(seconds=args.ddp_timeout), group)
+
+
 def told_to_all(error: FastalignError) -> FastalignError:
     """`error`, which has ended this rank before `together`, once the other ranks know it."""
     try:
@@ -172,11 +183,11 @@ class Ranks:
         """What this rank has to raise because of `error`, which the others can know then; one of each host says it."""
         if isinstance(error, RunError) and error.on_all_ranks:
             return error
+        lost = error is not self._theirs and _is_lost(error)
         if error is not self._theirs:
-            lost = _is_lost(error)
             theirs = self._asked(self._reason_of_loss, None) if lost else None
             if theirs is not None:
-                error = theirs
+                error, lost = theirs, False
             elif lost:
                 error = RunError(
                     f"contact with another rank was lost ({first_line(error)}): if it has ended, its own output says "
@@ -187,7 +198,7 @@ class Ranks:
         if isinstance(error, FastalignError):
             error.said_here = self._asked(self._is_to_say_it, self.launch.speaks_first)
         self._asked(lambda: self.store.add("ended", 1), None)
-        if self.launch.serves:  # the store goes with this process
+        if self.launch.serves and not lost:  # the store goes with this process
             self._asked(self._wait_for_all_ends, None)
         elif isinstance(error, FastalignError) and not error.said_here:
             time.sleep(1)  # a launcher ends all ranks after the first one, also the one that is about to say why

@@ -178,9 +178,10 @@ def _reach(launch: Launch, patience: float) -> None:
         try:
             socket.create_connection((launch.address, launch.port), timeout=5).close()
             return
-        except OSError as error:
-            no_way = isinstance(error, socket.gaierror) or error.errno in (EHOSTUNREACH, ENETUNREACH)
-            reason = error.strerror or str(error)
+        except (OSError, UnicodeError) as error:  # the latter for what can be no name at all
+            number = getattr(error, "errno", None)
+            no_way = isinstance(error, (socket.gaierror, UnicodeError)) or number in (EHOSTUNREACH, ENETUNREACH)
+            reason = getattr(error, "strerror", None) or str(error)
         waited = time.monotonic() - started
         if waited > (min(NO_WAY, patience) if no_way else patience):
             raise said_here(

@@ -84,6 +84,7 @@ def require_one_folder(folder: Path) -> None:
             "but every rank writes its part of a checkpoint: name one that all hosts share, such as a network disk, or "
             "set training.save_strategy: no, to train without checkpoints"
         )
+    meet()
 
 
 def is_unfinished(folder: Path) -> bool:

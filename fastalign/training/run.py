@@ -32,7 +32,7 @@ from fastalign.training.checkpoint import (
     write_text,
 )
 from fastalign.training.interrupt import SaveOnInterrupt
-from fastalign.training.joining import meet, together, what_was_read
+from fastalign.training.joining import SameTimeout, meet, together, what_was_read
 from fastalign.training.memory import free_bytes, gigabytes, is_out_of_memory, told_out_of_memory
 from fastalign.training.output import clear, is_unfinished, locked, require_free_folder, require_one_folder
 from fastalign.training.plan import plan, plan_lines
@@ -92,12 +92,13 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
             retrieval=probe,
             record=record,
             processing_class=run.tokenizer,
-            callbacks=[interrupt, *callbacks],
+            callbacks=[interrupt, SameTimeout(), *callbacks],
         )
         _try_early_exit(model, run.layers)
         planned = plan(run.schedule, run.streams, steps, args.world_size)
         counted = inputs.tally.lines()
         say(*_unused_gpus(args), *changes, *run.notes, *counted, *plan_lines(planned, run.streams))
+        meet()  # nothing is overwritten before all ranks are ready
         with disk_errors(config.output_dir):
             config.output_dir.mkdir(parents=True, exist_ok=True)
             if is_first_rank():
