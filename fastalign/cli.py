@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastalign.config import NESTED, SECTIONS, TRAINING_DEFAULTS, describe, load_config
+from fastalign.config import NESTED, SECTIONS, TRAINING_DEFAULTS, Config, describe, load_config
 from fastalign.errors import FastalignError, RunError, mask_secrets
 
 Summary = dict[str, Any]
@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _quiet_stdout(arguments.json), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             result = arguments.run(arguments)
-    except RunError as error:
-        return _fail(str(error), 1, first_rank or not error.on_all_ranks)
     except FastalignError as error:
-        return _fail(str(error), 2, first_rank)
+        says = first_rank or (isinstance(error, RunError) and not error.on_all_ranks)
+        code = 1 if isinstance(error, RunError) else 2
+        return _fail(str(error), code, says if error.said_here is None else error.said_here)
     except KeyboardInterrupt:
         return _fail("interrupted; training.resume_from_checkpoint=true goes on where there is one", 1, first_rank)
     except BrokenPipeError:  # whoever read our output has gone
@@ -215,8 +215,20 @@ def _quiet_stdout(active: bool) -> contextlib.AbstractContextManager:
     return contextlib.redirect_stdout(sys.stderr) if active else contextlib.nullcontext()
 
 
+def _config(arguments: argparse.Namespace) -> Config:
+    """What is asked for. A mistake that only one host makes ends the ranks of the others, too."""
+    try:
+        return load_config(arguments.config, arguments.overrides)
+    except FastalignError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        from fastalign.training.joining import told_to_all
+
+        raise told_to_all(error) from None
+
+
 def _train(arguments: argparse.Namespace) -> Summary:
-    config = load_config(arguments.config, arguments.overrides)
+    config = _config(arguments)
 
     if arguments.dry_run:
         from fastalign.training.preview import dry_run
@@ -260,7 +272,7 @@ def _train_table(summary: Summary) -> str:
 def _memory(arguments: argparse.Namespace) -> Summary:
     from fastalign.training.capacity import memory_report
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = _config(arguments)
     return memory_report(config, gpu_memory=arguments.gpu_memory, gpus=arguments.gpus)
 
 

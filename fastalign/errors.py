@@ -36,7 +36,12 @@ def printable(text: str) -> str:
 
 
 class FastalignError(Exception):
-    """Base of everything that is told in one line, which holds no secret and nothing that drives a terminal."""
+    """Base of everything that is told in one line, which holds no secret and nothing that drives a terminal.
+
+    `said_here`: whether this rank of several says it; None where nobody has decided that: then the first one does.
+    """
+
+    said_here: bool | None = None
 
     def __init__(self, message: str):
         message = printable(mask_secrets(" ".join(message.split())))

@@ -89,7 +89,8 @@ class Forks:
             **options: `at`, a regular expression: it kills itself before the operation on files that matches, as
                 `_watch` spells it; `nth` (1): before the nth that does. `file_size`: then it goes on instead, but as
                 on a disk that is full once a file has that many bytes. `pause`: then it says so instead, and sleeps
-                for so many seconds. `trace`: a file to list the operations in.
+                for so many seconds. `trace`: a file to list the operations in. `environment`: variables to add, such as
+            those of a launcher. `folder`: to start in.
         """
         self._count += 1
         path = self._folder / f"{self._count}.pipe"
@@ -140,6 +141,8 @@ def _run(
     file_size: int | None = None,
     pause: float | None = None,
     trace: str | None = None,
+    environment: dict[str, str] | None = None,
+    folder: str = ".",
 ) -> NoReturn:
     """In the forked process: the command line, from the first to the last thing that a process does."""
     from fastalign.cli import main
@@ -148,6 +151,8 @@ def _run(
         os.dup2(nothing.fileno(), 0)
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    os.environ.update(environment or {})
+    os.chdir(folder)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -19,6 +19,7 @@ from fastalign.config.checks import type_name
 from fastalign.errors import ConfigError
 from fastalign.model.loading import has_bf16
 from fastalign.streams.base import say
+from fastalign.training.joining import make_group
 from fastalign.training.zero import deepspeed_settings, refuse_contradictions
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ def training_arguments(values: dict[str, Any]) -> TrainingArguments:
     settings = deepspeed_settings(values)
     if settings is not None:
         refuse_contradictions(settings, values, int(os.environ.get("WORLD_SIZE", "1")))
+    make_group(values)
     try:
         arguments = TrainingArguments(**{**values, "deepspeed": settings})
     except Exception as error:  # its checks raise anything at all

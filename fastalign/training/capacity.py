@@ -14,6 +14,7 @@ from fastalign.errors import ConfigError, DataError
 from fastalign.model.loading import load_model_config
 from fastalign.model.quantization import effective_quantization, require_quantization, stored_quantization
 from fastalign.training.arguments import effective_training, training_arguments
+from fastalign.training.joining import together
 from fastalign.training.memory import gigabytes
 from fastalign.training.needs import (
     CONTEXT,
@@ -42,6 +43,7 @@ OF_STREAMS = ("activations", "logits", "workspace")  # items that each stream ha
 
 
 @offline_run
+@together
 def memory_report(config: Config, *, gpu_memory: str | None = None, gpus: int | None = None) -> dict[str, Any]:
     """The predicted peak of a run. No weights are read: the model's config, the tokenizer, and the data if they can be.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ from typing import IO
 
 from fastalign.config import SAVED
 from fastalign.errors import ConfigError
-from fastalign.streams.base import is_first_rank
+from fastalign.streams.base import gather_over_ranks, is_first_rank
 from fastalign.training.checkpoint import checkpoints, delete, step_of
+from fastalign.training.joining import meet
 
 # What a run leaves, and a later one would replace; of these, what tells how it ended.
 RESULTS = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -62,6 +64,27 @@ def require_free_folder(folder: Path, overwrite: bool, *, resumes: bool = False,
             path.rmdir()
     except OSError as error:
         raise ConfigError(f"training.output_dir: cannot write to {str(folder)!r} ({error.strerror})") from None
+
+
+def require_one_folder(folder: Path) -> None:
+    """ConfigError where a host does not see what rank 0 writes there: a checkpoint has files of every rank."""
+    places = [folder.absolute(), *folder.absolute().parents]
+    depth = next(i for i, path in enumerate(places) if path.is_dir())  # it may not be there yet
+    name = f".fastalign-{os.getpid()}-{time.time_ns()}"
+    if is_first_rank():
+        (places[depth] / name).touch()
+    first_depth, first_name, *_ = gather_over_ranks([str(depth), name])
+    seen = int(first_depth) < len(places) and (places[int(first_depth)] / first_name).exists()
+    meet()  # all have looked
+    if is_first_rank():
+        (places[depth] / name).unlink()
+    if not seen:
+        raise ConfigError(
+            f"training.output_dir: {str(folder)!r} is another folder on {socket.gethostname()} than on rank 0's host, "
+            "but every rank writes its part of a checkpoint: name one that all hosts share, such as a network disk, or "
+            "set training.save_strategy: no, to train without checkpoints"
+        )
+    meet()
 
 
 def is_unfinished(folder: Path) -> bool:

@@ -16,6 +16,7 @@ from fastalign.errors import ConfigError
 from fastalign.streams.base import MicroBatch, Stream
 from fastalign.training.checkpoint import checkpoint_to_resume
 from fastalign.training.forecast import forecast
+from fastalign.training.joining import together
 from fastalign.training.memory import free_bytes, gigabytes
 from fastalign.training.needs import SIDES, Shape
 from fastalign.training.output import require_free_folder
@@ -30,6 +31,7 @@ LONGEST = 600  # characters of an example
 
 
 @offline_run
+@together
 def dry_run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     """What `train` would do, without its weights: reads configuration, data and tokenizer, and writes nothing.
 

@@ -33,8 +33,9 @@ from fastalign.training.checkpoint import (
     write_text,
 )
 from fastalign.training.interrupt import SaveOnInterrupt
+from fastalign.training.joining import SameTimeout, meet, together, what_was_read
 from fastalign.training.memory import free_bytes, gigabytes, is_out_of_memory, told_out_of_memory
-from fastalign.training.output import clear, is_unfinished, locked, require_free_folder
+from fastalign.training.output import clear, is_unfinished, locked, require_free_folder, require_one_folder
 from fastalign.training.plan import plan, plan_lines
 from fastalign.training.prepare import Prepared, prepare, require_data
 from fastalign.training.record import versions
@@ -48,6 +49,7 @@ REFUSALS = (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, Ty
 
 
 @offline_run
+@together
 def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train an adapter and write it, ``config.yaml`` and ``summary.json`` to the configured output folder.
 
@@ -70,7 +72,11 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
         checkpoint, resumes = _begin(config, overwrite) if is_first_rank() else (None, False)
         run = prepare(config, checkpoint)
         config, args, inputs, steps, checkpoint = run.config, run.args, run.inputs, run.steps, run.checkpoint
-        record = run_record(config, inputs.tally.as_dict()["files"], args.world_size, run.blocks)
+        files = inputs.tally.as_dict()["files"]
+        record = run_record(config, files, args.world_size, run.blocks)
+        meet(what_was_read(config, files))
+        if args.save_strategy != "no":
+            require_one_folder(config.output_dir)
         changes = require_same_run(checkpoint, record) if checkpoint else []
         if checkpoint and step_of(checkpoint) >= steps:
             changes.append(f"{checkpoint} has all of the {steps} steps: there is nothing left to train")
@@ -89,12 +95,13 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
             retrieval=probe,
             record=record,
             processing_class=run.tokenizer,
-            callbacks=[interrupt, *callbacks],
+            callbacks=[interrupt, SameTimeout(), *callbacks],
         )
         _try_early_exit(model, run.layers)
         planned = plan(run.schedule, run.streams, steps, args.world_size)
         counted = inputs.tally.lines()
         say(*_unused_gpus(args), *changes, *run.notes, *counted, *plan_lines(planned, run.streams))
+        meet()  # nothing is overwritten before all ranks are ready
         with disk_errors(config.output_dir):
             config.output_dir.mkdir(parents=True, exist_ok=True)
             if is_first_rank():
@@ -104,6 +111,7 @@ def train(config: Config, *, overwrite: bool = False, callbacks: Sequence[Any] =
                 write_text(config.output_dir / "config.yaml", config_text(config))
             if probe is not None and checkpoint is None:
                 trainer.add_callback(_MeasureBefore(trainer, probe))
+            meet()  # from here on ranks wait for each other in collectives
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             finally:
