@@ -64,7 +64,7 @@ def configured(
     return {
         "model": {"name_or_path": str(model_dir)},
         "adapter": {"r": 4, "alpha": 8.0},
-        "task": {"data": str(data_dir / "task.jsonl"), "eval_share": 0},
+        "task": {"data": str(data_dir / "task.jsonl"), "eval_share": 0, "logits_memory": "8KB"},
         "alignment": {
             "data": str(data_dir / "pairs.jsonl"), "layer": 2, "eval_share": 0, "negatives": "world",
             "batch_size": 8 // ranks, "micro_batch_size": 4 // ranks, **alignment,
@@ -100,7 +100,7 @@ class Runs:
         self._start = {name.replace(".default", ""): tensor.clone() for name, tensor in start.items()}
 
     def add(self, name: str, wrapper: str, mode: str, *, broken: str | None = None, **settings: Any) -> None:
-        """A case for two ranks: `alignment` in the settings is for that section, all others for ``training``."""
+        """A case for two ranks: `alignment` and `adapter` are for these sections, other settings for ``training``."""
         config = self._config(f"two/{name}", 2, mode, **settings, **wrapped(wrapper))
         self._cases[name] = {"config": config, **({"break": broken} if broken else {})}
 
@@ -134,9 +134,13 @@ class Runs:
     def failed(self, name: str) -> bool:
         return not (self.folder / "two" / name / "adapter_model.safetensors").exists()
 
-    def _config(self, name: str, ranks: int, mode: str, alignment: Any = None, **training: Any) -> dict[str, Any]:
+    def _config(
+        self, name: str, ranks: int, mode: str, alignment: Any = None, adapter: Any = None, **training: Any
+    ) -> dict[str, Any]:
         out = self.folder / name
-        return configured(self._model_dir, self._data_dir, out, ranks, mode, alignment or {}, **training)
+        raw = configured(self._model_dir, self._data_dir, out, ranks, mode, alignment or {}, **training)
+        raw["adapter"] |= adapter or {}
+        return raw
 
 
 def main() -> None:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastalign.config import config_from_dict
 from fastalign.errors import ConfigError
 from fastalign.training.run import train
-from fastalign.training.zero import PRESETS, deepspeed_settings, preset, refuse_contradictions, zero_stage
+from fastalign.training.zero import (
+    PRESETS,
+    deepspeed_settings,
+    preset,
+    refuse_contradictions,
+    refuse_other_format,
+    zero_stage,
+)
 from tests.configs import load
 
 
@@ -46,7 +55,15 @@ def test_own_settings_win_and_are_left_as_they_are(tmp_path: Path) -> None:
         ("zero4", ["'zero4' is neither a preset (did you mean 'zero", "zero3-offload"]),
         ("nowhere.json", ["neither a preset nor a JSON file", "zero1, zero1-offload"]),
         ({"zero_optimization": {"stage": 4}}, ["stage must be 0, 1, 2 or 3"]),
-        ({"zero_optimization": 2}, ["stage must be 0, 1, 2 or 3"]),
+        ({"zero_optimization": {"stage": True}}, ["stage must be 0, 1, 2 or 3, not True"]),
+        ({"zero_optimization": 2}, ["zero_optimization must hold keys and values, not 2"]),
+        ({"bf16": True}, ["bf16 must hold keys and values, not True"]),
+        ({"zero_optimization": {"stage": 2, "reduce_buckets": 5}}, ["reduce_buckets"]),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "many"}}, ["reduce_bucket_size"]),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": True}}, ["offload_optimizer must be {device: cpu}"]),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}}, ["offload_param must be"]),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["nvme_path must be a folder"]),
+        ({"optimizer": {"type": "Adam"}}, ["optimizer is DeepSpeed's own", "training.optim"]),
     ],
 )
 def test_what_there_is_not_is_refused(given: Any, words: list[str]) -> None:
@@ -80,9 +97,9 @@ FIGHTS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({"bf16": {"enabled": True}}, {}, ["bf16.enabled is True, but training.bf16 is False"]),
     ({"fp16": {"enabled": False}}, {"fp16": True}, ["fp16.enabled is False, but training.fp16 is True"]),
     (
-        {"optimizer": {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.8, 0.9]}}},
-        {"learning_rate": 5e-4, "optim": "sgd"},
-        ["optimizer.params.lr is 0.001, but", "betas is [0.8, 0.9]", "optimizer.type is 'Adam', but training.optim"],
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3}}},
+        {"learning_rate": 5e-4, "lr_scheduler_type": "linear"},
+        ["warmup_max_lr is 0.001, but", "scheduler.type is 'WarmupLR', but training.lr_scheduler_type is 'linear'"],
     ),
 ]
 
@@ -101,7 +118,7 @@ def test_settings_that_fight_the_config_are_named_with_both_values(
 def test_settings_that_agree_or_say_nothing_pass() -> None:
     training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "bf16": True, "learning_rate": 1e-3}
     same = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": True}}
-    same |= {"optimizer": {"type": "Adam", "params": {"lr": 1e-3, "eps": "auto"}}}
+    same |= {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": "auto"}}}
     for own in (same, preset("zero3")):
         settings = deepspeed_settings({"deepspeed": own})
         assert settings is not None
@@ -118,3 +135,26 @@ def test_without_a_launcher_it_is_refused_before_anything_is_read(raw_config: di
     with pytest.raises(ConfigError, match="needs a launcher, for one GPU, too: deepspeed --num_accelerators 1"):
         train(config_from_dict(raw_config))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "training", "words"),
+    [
+        (
+            torch.bfloat16,
+            {},
+            "loads the base in float32 with neither training.bf16 nor fp16; set training.bf16: true, or",
+        ),
+        (torch.float32, {"bf16": True}, "loads the base in bfloat16 with training.bf16: true; set both"),
+        (torch.bfloat16, {"bf16": True}, None),
+        (torch.float32, {}, None),
+    ],
+)
+def test_zero_3_loads_in_no_other_format_than_was_asked_for(
+    dtype: torch.dtype, training: dict[str, Any], words: str | None
+) -> None:
+    config = config_from_dict({"training": {"deepspeed": "zero3", **training}})
+    with pytest.raises(ConfigError, match=words) if words else nullcontext():
+        refuse_other_format(config, dtype, "none")
+    refuse_other_format(config, dtype, "nf4")
+    refuse_other_format(config_from_dict({"training": {"deepspeed": "zero2", **training}}), dtype, "none")

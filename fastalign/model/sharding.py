@@ -19,5 +19,9 @@ def has_shards(model: nn.Module) -> bool:
 
 
 def on_this_rank(parameter: Any) -> torch.Tensor:
-    """The parameter, detached; of one in shards what lies on this rank, flat."""
-    return parameter.ds_tensor.detach() if is_sharded(parameter) else parameter.detach()
+    """The parameter, detached; of one in shards what lies on this rank, flat, which may be nothing."""
+    if not is_sharded(parameter):
+        return parameter.detach()
+    shard = parameter.ds_tensor.detach().flatten()
+    first = shard.numel() * torch.distributed.get_rank(parameter.ds_process_group)
+    return shard[: max(0, parameter.ds_numel - first)]  # what is behind is padding, which nobody fills

@@ -14,6 +14,7 @@ from fastalign.data.streaming import StreamedRows
 from fastalign.data.templates import TaskExample
 from fastalign.data.tokenization import IGNORE_INDEX, PromptTokenizer, pad
 from fastalign.model.head import Head, through_head
+from fastalign.model.sharding import has_shards
 from fastalign.objectives.cross_entropy import ChunkedCrossEntropy
 from fastalign.streams.base import MicroBatch, Stream, my_share, rank_and_world_size, sum_over_ranks
 
@@ -27,7 +28,8 @@ class TaskStream(Stream):
         sampler: order of `train`.
         micro_batch_size: rows of a forward. accumulation: forwards of an optimizer step.
         eval_batch_size: rows of a forward in evaluation.
-        logits_memory: bytes that logits may take at once. None: those of all tokens exist, as the model gives them.
+        logits_memory: bytes that logits may take at once; under ZeRO-3 those of a forward's answers are made at once.
+            None: those of all tokens exist, as the model gives them.
     """
 
     name = "task"
@@ -111,9 +113,15 @@ class TaskStream(Stream):
             logits = model(**inputs, use_cache=False).logits
             return F.cross_entropy(logits[:, :-1][learnt].float(), labels[learnt], reduction="sum")
         in_chunks = self._in_chunks
+        at_once = has_shards(model)
 
         def loss(states: Tensor, head: Head) -> Tensor:
-            return in_chunks(states[:, :-1][learnt], labels[learnt], head)
+            rows = states[:, :-1][learnt]
+            if not at_once:
+                return in_chunks(rows, labels[learnt], head)
+            # ZeRO-3 gathers the head whenever it is called: on every rank once, however many answer tokens it has
+            logits = head(torch.cat([rows, states[0, :1]]))[: len(rows)]
+            return F.cross_entropy(logits.float(), labels[learnt], reduction="sum")
 
         return through_head(model, loss, **inputs, use_cache=False)
 

@@ -84,6 +84,9 @@ def why_not_whole(checkpoint: Path) -> str | None:
         deepspeed = checkpoint / "latest"
         if deepspeed.exists() and not (checkpoint / deepspeed.read_text(encoding="utf-8").strip()).is_dir():
             return "the folder of DeepSpeed's states is missing"
+        states = len([*checkpoint.glob("global_step*/*_optim_states.pt")])
+        if deepspeed.exists() and states < ranks:
+            return f"it has DeepSpeed's states of {states} ranks, not {ranks}; do all hosts write to the same folder?"
     except Exception as error:  # what is damaged makes the readers raise anything at all
         return f"it is damaged or cut off ({type(error).__name__}: {str(error)[:150]})"
     names = {path.name for path in pickled}

@@ -191,7 +191,10 @@ def memory(config: Config, needs: Needs, shapes: Mapping[str, Shape], ranks: int
     elif ranks > 1:
         items["buckets"] = size.adapter  # DDP copies the gradients into them
     saved = whole - sum(count for name, count in items.items() if name not in ("buckets", "gathered"))
-    streams = {name: needs.above(shape, logits_bytes(config.task)) for name, shape in shapes.items()}
+    limit = logits_bytes(config.task)
+    if stage == 3 and limit is not None:
+        limit = 2**62  # those of all answers of a forward are there at once
+    streams = {name: needs.above(shape, limit) for name, shape in shapes.items()}
     if ranks > 1 and config.alignment.negatives == "world" and "alignment" in streams:
         layers = len(config.alignment.layer) if isinstance(config.alignment.layer, list) else 1
         others = 4 * layers * (ranks - 1) * shapes["alignment"].rows_per_step * size.text_config.hidden_size

@@ -10,14 +10,15 @@ from fastalign.config import Config
 from fastalign.data.tokenization import SentenceTokenizer
 from fastalign.errors import ConfigError
 from fastalign.model.encode import resolve_layer
-from fastalign.model.loading import load_model_config, load_tokenizer
-from fastalign.model.quantization import require_quantization
+from fastalign.model.loading import compute_dtype, load_model_config, load_tokenizer
+from fastalign.model.quantization import effective_quantization, require_quantization
 from fastalign.model.shortening import why_whole
 from fastalign.streams.base import Stream, gather_over_ranks
 from fastalign.training.arguments import effective_training, training_arguments
 from fastalign.training.inputs import Inputs, build_streams, read_inputs, sentence_tokenizer
 from fastalign.training.plan import total_steps
 from fastalign.training.schedule import Schedule
+from fastalign.training.zero import refuse_other_format
 
 
 @dataclass
@@ -73,6 +74,8 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Prepared:
     schedule = Schedule(config.schedule.mode, config.schedule.ratio)
     steps = total_steps(schedule, streams, args)
     notes = require_quantization(config.model, hf_config, args.device)
+    held = effective_quantization(config.model, hf_config)
+    refuse_other_format(config, compute_dtype(config.model, args.device), held)
     task = streams.get("task")
     evaluated = task is not None and task.can_evaluate and args.eval_strategy != "no"
     blocks = loaded_blocks(config, hf_config, max(layers), task_evaluated=evaluated, notes=notes)

@@ -10,7 +10,7 @@ import fnmatch
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +123,22 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
         flat[key] = "given" if flat.get(key) else None
     for key, digests in record["data"].items():
         flat[f"content of {key}"] = digests
+    for key, value in _leaves(flat.get("training.deepspeed"), "training.deepspeed"):
+        flat[key] = value
     flat["rows of the task in a step"] = flat[STEP[0]] * flat[STEP[1]]
     flat["ranks"] = record["ranks"]
     flat["blocks that are loaded (all where the task is evaluated)"] = record.get("blocks") or "all"
     return flat
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """What is in nested settings, each under its own name; the settings themselves as whether there are any."""
+    if isinstance(value, dict):
+        yield name, "given"
+        for key, part in value.items():
+            yield from _leaves(part, f"{name}.{key}")
+    else:
+        yield name, value
 
 
 @functools.cache

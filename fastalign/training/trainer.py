@@ -286,8 +286,9 @@ class AlignTrainer(Trainer):
     def require_finite_adapter(self) -> None:
         """RunError where an update has ruined the weights, though the loss before it was finite: they are not saved."""
         model: Any = self.model
-        largest = [on_this_rank(p).abs().amax().float() for p in model.parameters() if p.requires_grad]
-        ruined = float(not bool(torch.stack(largest).isfinite().all()))
+        parts = [on_this_rank(p) for p in model.parameters() if p.requires_grad]
+        largest = [part.abs().amax().float() for part in parts if part.numel()]
+        ruined = float(bool(largest) and not bool(torch.stack(largest).isfinite().all()))
         if sum_over_ranks([ruined], self.args.device)[0]:  # shards differ, but all ranks have to stop
             step = self.state.global_step
             streams = " and ".join(name for name, _ in self.schedule.at(step - 1))

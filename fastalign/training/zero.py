@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastalign.config import TRAINING_DEFAULTS, nearest
+import torch
+
+from fastalign.config import TRAINING_DEFAULTS, Config, nearest
 from fastalign.errors import ConfigError
 
 PRESETS = tuple(f"zero{stage}{offload}" for stage in (1, 2, 3) for offload in ("", "-offload"))
@@ -29,9 +31,6 @@ SAME = {
     "gradient_clipping": "max_grad_norm",
     "bf16.enabled": "bf16",
     "fp16.enabled": "fp16",
-    "optimizer.params.lr": "learning_rate",
-    "optimizer.params.eps": "adam_epsilon",
-    "optimizer.params.weight_decay": "weight_decay",
     "scheduler.params.warmup_max_lr": "learning_rate",
 }
 # What settings get that do not say it: the value of ours, instead of a default of DeepSpeed's (such as no clipping).
@@ -68,16 +67,13 @@ def deepspeed_settings(training: Mapping[str, Any]) -> dict[str, Any] | None:
         training: the ``training`` section.
 
     Raises:
-        ConfigError: there is no such preset or file, it cannot be read, or it has no stage from 0 to 3.
+        ConfigError: there is no such preset or file, it cannot be read, or DeepSpeed would not take it.
     """
     given = training.get("deepspeed")
     if not given:
         return None
     found = _settings(given)
-    zero = found.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
-    if not isinstance(stage, int) or not 0 <= stage <= 3:
-        raise ConfigError(f"training.deepspeed: zero_optimization.stage must be 0, 1, 2 or 3, not {zero!r:.60}")
+    _check(found)
     for key in FROM_OURS:
         found.setdefault(key, "auto")
     # Ours are the optimizers of training.optim, which DeepSpeed does not know; it has no native code to build for them.
@@ -125,6 +121,41 @@ def parted(items: Mapping[str, int], training: Mapping[str, Any], ranks: int, it
     return held
 
 
+def _check(settings: dict[str, Any]) -> None:
+    """ConfigError for what DeepSpeed would refuse once a run has begun; sets the stage where it is left out."""
+    for key in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler"):
+        if not isinstance(settings.get(key, {}), dict):
+            raise ConfigError(f"training.deepspeed: {key} must hold keys and values, not {settings[key]!r:.60}")
+    zero = settings.setdefault("zero_optimization", {})
+    stage = zero.setdefault("stage", 0)
+    if isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage <= 3:
+        raise ConfigError(f"training.deepspeed: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r:.60}")
+    for key in ("offload_optimizer", "offload_param"):
+        part = zero.get(key)
+        if part is not None and (not isinstance(part, dict) or part.get("device") not in ("none", "cpu", "nvme")):
+            raise ConfigError(
+                f"training.deepspeed: zero_optimization.{key} must be {{device: cpu}}, {{device: nvme, nvme_path: "
+                f"FOLDER}} or {{device: none}}, not {part!r:.60}"
+            )
+        if part is not None and part["device"] == "nvme" and not os.path.isdir(str(part.get("nvme_path"))):
+            raise ConfigError(f"training.deepspeed: zero_optimization.{key}.nvme_path must be a folder that is there")
+    if settings.get("optimizer"):
+        raise ConfigError(
+            "training.deepspeed: optimizer is DeepSpeed's own, native code that it builds on first use; leave it out, "
+            "and name one in training.optim, which works under every stage"
+        )
+    try:
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    except ImportError:  # told when it is needed
+        return
+    try:
+        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
+    except ValueError as error:  # pydantic's, of several lines
+        details: Any = getattr(error, "errors", lambda: [])()
+        why = "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in details[:3]) or str(error)
+        raise ConfigError(f"training.deepspeed: zero_optimization is not what DeepSpeed takes ({why})") from None
+
+
 def _number(zero: Mapping[str, Any], key: str, default: int) -> int:
     given = zero.get(key, default)
     return int(given) if isinstance(given, (int, float)) else default  # "auto" comes of the model's width
@@ -136,6 +167,26 @@ def require_launcher(training: Mapping[str, Any]) -> None:
         raise ConfigError(
             "training.deepspeed needs a launcher, for one GPU, too: deepspeed --num_accelerators 1 --module fastalign "
             "train ..., or torchrun --nproc_per_node 1 -m fastalign train ...; or leave the key out"
+        )
+
+
+def refuse_other_format(config: Config, dtype: torch.dtype, quantization: str) -> None:
+    """ConfigError where ZeRO-3 would load the base in another number format than the one that is configured.
+
+    Args:
+        config: with the effective ``training`` section. dtype: of the base. quantization: how it is held.
+    """
+    if zero_stage(config.training) != 3 or quantization != "none":
+        return
+    key = next((key for key in ("bf16", "fp16") if config.training.get(key)), None)
+    theirs = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(key or "", torch.float32)
+    if theirs != dtype:
+        name, other = (f"{part}".removeprefix("torch.") for part in (dtype, theirs))
+        mend = {torch.bfloat16: "training.bf16: true", torch.float16: "training.fp16: true"}
+        said = f"training.{key}: true" if key else "neither training.bf16 nor fp16"
+        raise ConfigError(
+            f"model.dtype is {name}, but ZeRO-3 loads the base in {other} with {said}; set "
+            f"{mend.get(dtype, 'both training.bf16 and training.fp16 to false')}, or model.dtype: {other}"
         )
 
 
@@ -153,15 +204,14 @@ def refuse_contradictions(settings: Mapping[str, Any], training: Mapping[str, An
     micro, accumulation = known["per_device_train_batch_size"], known["gradient_accumulation_steps"]
     rows = f"per_device_train_batch_size {micro} x gradient_accumulation_steps {accumulation} x {world_size} ranks"
     wanted["train_batch_size"] = (rows, micro * accumulation * world_size)
-    wanted["optimizer.params.betas"] = ("training.adam_beta1, adam_beta2", [known["adam_beta1"], known["adam_beta2"]])
     wrong = []
     for key, (name, ours) in wanted.items():
         theirs, ours = _value(settings, key), bool(ours) if key.endswith("enabled") else ours
         if theirs not in (None, "auto") and theirs != ours:
             wrong.append(f"{key} is {theirs!r}, but {name} is {ours!r}")
-    for key, ours in (("optimizer.type", "optim"), ("scheduler.type", "lr_scheduler_type")):
-        if _value(settings, key) and ours in training and training[ours] != TRAINING_DEFAULTS.get(ours):
-            wrong.append(f"{key} is {_value(settings, key)!r}, but training.{ours} is {training[ours]!r}")
+    kind, ours = _value(settings, "scheduler.type"), training.get("lr_scheduler_type")
+    if kind and ours not in (None, TRAINING_DEFAULTS["lr_scheduler_type"]):
+        wrong.append(f"scheduler.type is {kind!r}, but training.lr_scheduler_type is {ours!r}")
     if wrong:
         raise ConfigError(
             f"training.deepspeed is at odds with the rest of the config: {'; '.join(wrong)}; leave these keys out of "
