@@ -143,7 +143,7 @@ def test_without_a_launcher_it_is_refused_before_anything_is_read(raw_config: di
         (
             torch.bfloat16,
             {},
-            "loads the base in float32 with neither training.bf16 nor fp16; set training.bf16: true, or",
+            "in float32 with neither training.bf16 nor fp16; set training.bf16: true, or model.dtype: float32",
         ),
         (torch.float32, {"bf16": True}, "loads the base in bfloat16 with training.bf16: true; set both"),
         (torch.bfloat16, {"bf16": True}, None),
