@@ -1,6 +1,6 @@
 """The command line: parse, call, print. Heavy imports happen inside the commands, so that help is instant.
 
-Exit codes: 0 done; 2 the user's input is wrong (one line on stderr, under a launcher from rank 0 only); 1 anything
+Exit codes: 0 done; 2 the user's input is wrong (one line on stderr, under a launcher once on each host); 1 anything
 else, an interruption and running out of memory included.
 """
 

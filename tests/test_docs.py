@@ -98,7 +98,7 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
 def test_every_page_of_docs_is_in_its_index() -> None:
     index = read(ROOT / "docs" / "README.md")
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
-    assert pages == set(re.findall(r"\]\(([\w.]+)\)", index))
+    assert pages == set(re.findall(r"\]\(([\w.-]+)\)", index))
 
 
 # Names

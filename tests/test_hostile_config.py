@@ -158,6 +158,7 @@ def test_every_training_key_takes_a_good_value_or_refuses_it_in_one_line():
         ({"debug": 3}, ["training.debug", "must be text, not 3"]),
         ({"label_smoothing_factor": 0.1}, ["training.label_smoothing_factor has no effect here"]),
         ({"train_sampling_strategy": "group_by_length"}, ["training.train_sampling_strategy has no effect here"]),
+        ({"save_on_each_node": True}, ["training.save_on_each_node has no effect here", "all hosts share"]),
         ({"fsdp": "full_shard"}, ["training.fsdp has no effect here"]),
     ],
 )

@@ -176,6 +176,7 @@ def test_a_rank_that_is_killed_ends_the_other_soon(forks: Forks, config_file: Pa
     assert "contact with another rank was lost" in line and "continue with training.resume_from_checkpoint=true" in line
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_waited_for_as_long_as_is_asked_for(forks: Forks, config_file: Path) -> None:
     """On the CPU, where transformers leaves `training.ddp_timeout` out."""
     endless = ["train", str(config_file), "training.max_steps=100000", "training.ddp_timeout=4"]

@@ -25,7 +25,16 @@ from fastalign.training.run import train
 from tests import rank_cases as ranks
 
 TORCHRUN, DEEPSPEED = [*ranks.TORCHRUN, "fastalign"], [*ranks.DEEPSPEED, "fastalign"]
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "fastalign"]
+ACCELERATE = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "-m",
+    "fastalign",
+]
 SGD = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "seed": 3, "report_to": "none"}
 
 
@@ -128,7 +137,7 @@ def test_accelerate_launches_too(raw_config: dict, tmp_path: Path) -> None:
     done = launch(ACCELERATE, write(raw, tmp_path / "config.yaml"))
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["steps"] == 4 and (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert summary["steps"] == 4 and summary["ranks"] == 2 and (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -38,12 +38,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
 }
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
-# These act in parts of the Trainer that streams replace: refused where neglect would change what is learnt, ...
+# These act in parts of the Trainer that we replace: refused where neglect would change what is learnt, or lose it, ...
 REFUSED = {
     "label_smoothing_factor": "the task's loss is plain cross-entropy",
     "group_by_length": "streams choose their own rows",
     "train_sampling_strategy": "streams choose their own rows",
     "fsdp": "use DDP, or DeepSpeed: training.deepspeed: zero3",
+    "save_on_each_node": "all ranks write into one folder, which all hosts share",
 }
 # ... and otherwise said, since configurations are copied.
 UNUSED = {

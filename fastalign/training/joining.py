@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from torch import distributed
-from torch.distributed import PrefixStore, distributed_c10d  # type: ignore[attr-defined]
 from transformers import TrainerCallback
 
 from fastalign import errors
@@ -122,6 +121,8 @@ class SameTimeout(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """By then there are all of them."""
         if _ranks is not None and distributed.is_initialized():
+            from torch.distributed import distributed_c10d
+
             for group in [*distributed_c10d._world.pg_map]:
                 distributed_c10d._set_pg_timeout(timedelta(seconds=args.ddp_timeout), group)
 
@@ -151,13 +152,14 @@ class Ranks:
     """
 
     def __init__(self, launch: Launch, patience: float, limit: float, folder: Path):
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined] - not in every build
+
         self.launch, self.patience, self.limit, self.folder = launch, patience, limit, folder
         self._theirs: FastalignError | None = None  # what ended another rank, once known
         self._meetings = 0
         self._answers = True  # until the store does not
-        store = store_of(launch, patience)
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = PrefixStore(f"fastalign/{restart}/{next(_runs)}", store)
+        self.store = PrefixStore(f"fastalign/{restart}/{next(_runs)}", store_of(launch, patience))
 
     def meet(self, facts: Mapping[str, Any] | None = None, *, first: bool = False) -> None:
         """As the function `meet`; `first`: nobody is known to be there yet."""

@@ -11,13 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from errno import EHOSTUNREACH, ENETUNREACH
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import psutil
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from fastalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 Answer = TypeVar("Answer")
 SAID_AFTER = 10.0  # seconds of waiting until it is said what for
@@ -131,7 +133,9 @@ def choose_interface(launch: Launch) -> None:
     named = [name for name in os.environ.get(INTERFACE, "").split(",") if name]
     for name in named:
         if name not in addresses:
-            raise ConfigError(f"{INTERFACE}={name}: {launch.host} has no such network; there are {sorted(addresses)}")
+            raise ConfigError(
+                f"GLOO_SOCKET_IFNAME={name}: {launch.host} has no such network; there are {sorted(addresses)}"
+            )
     if named or launch.on_host == launch.world_size:
         return
     with socket.create_connection((launch.address, launch.port), timeout=10) as connection:
@@ -143,6 +147,8 @@ def choose_interface(launch: Launch) -> None:
 
 def store_of(launch: Launch, patience: float) -> TCPStore:
     """The key-value store at rank 0, once it is there. ConfigError where it cannot be reached in `patience` seconds."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined] - not in every build
+
     if not launch.serves:
         _reach(launch, patience)
 
