@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.test_ranks import ENVIRONMENT, ROOT
+from tests.rank_cases import ENVIRONMENT, ROOT
 
 REPORT = ROOT / "docs" / "deepspeed-stale-gradients"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

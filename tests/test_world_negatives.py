@@ -20,7 +20,7 @@ SIZES = (3, 1, 4)  # pairs of each rank
 
 def _rank(rank: int, folder: str) -> None:
     """Each rank's vectors among those of all: what is gathered, and the gradient that it leaves with this rank."""
-    store = dist.FileStore(f"{folder}/store", len(SIZES))
+    store = dist.FileStore(f"{folder}/store", len(SIZES))  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=len(SIZES))
     parts = torch.load(f"{folder}/parts.pt")
     own = parts[rank].requires_grad_()

@@ -199,7 +199,9 @@ def refuse_contradictions(settings: Mapping[str, Any], training: Mapping[str, An
     """
     from transformers import TrainingArguments
 
-    known = {field.name: field.default for field in dataclasses.fields(TrainingArguments)} | {**training}
+    known: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(TrainingArguments)} | {
+        **training
+    }
     wanted = {theirs: (f"training.{ours}", known[ours]) for theirs, ours in SAME.items()}
     micro, accumulation = known["per_device_train_batch_size"], known["gradient_accumulation_steps"]
     rows = f"per_device_train_batch_size {micro} x gradient_accumulation_steps {accumulation} x {world_size} ranks"
