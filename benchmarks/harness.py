@@ -28,6 +28,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler else tells stder
 HERE = Path(__file__).resolve().parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
+if not ON_GPU:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed guesses otherwise, and says so where JSON is expected
 ROUNDS = 5  # so many there are, however slow
 WARM_UP = 0.1  # seconds a step runs before its first time counts
 Step = Callable[[], Any]

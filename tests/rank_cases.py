@@ -6,7 +6,6 @@ one process group. `on_ranks` and `Runs` are the other side, for tests.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
@@ -27,6 +26,8 @@ from fastalign.objectives.cross_entropy import ChunkedCrossEntropy
 from fastalign.training import trainer
 from fastalign.training.run import train
 from fastalign.training.zero import preset
+
+from benchmarks.rank_runs import forget
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
@@ -156,19 +157,7 @@ def main() -> None:
         except RuntimeError:
             if not broken:
                 raise
-        _forget()
-
-
-def _forget() -> None:
-    """What accelerate and transformers keep for the life of a process: whether it is DeepSpeed, and how."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._shared_state.clear()
-    unset_hf_deepspeed_config()
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-    gc.collect()
+        forget()
 
 
 if __name__ == "__main__":

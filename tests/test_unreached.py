@@ -18,7 +18,7 @@ WRAPPERS = ("ddp", *PRESETS)
 MODES = ("alternate", "joint", "task_only", "align_only")
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1}
 ADAM_STEPS = {**ADAMW, "max_steps": 3}  # task, alignment, task: the layers above the aligned one are left out once
-HEAD = {**SGD, "adapter": {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}}
+HEAD = {**SGD, "adapter": {"target_modules": ["q_proj", "lm_head"]}}
 ACCUMULATED = {**SGD, "gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
 RULE = {wrapper: "clear_gradients" if "zero3" in wrapper else "zero_term" for wrapper in WRAPPERS}
 
@@ -61,7 +61,7 @@ def test_so_it_is_with_an_adapter_on_the_head(all_runs: Runs, wrapper: str) -> N
     trained = [key for key in wanted if "lora" in key]
     assert any("lm_head" in key for key in trained)
     for key in trained:
-        torch.testing.assert_close(ours[key], wanted[key], rtol=1e-5, atol=1e-5 * float(wanted[key].abs().max()))
+        torch.testing.assert_close(ours[key], wanted[key], rtol=0.0, atol=1e-4 * float(wanted[key].abs().max()))
 
 
 @pytest.mark.slow
