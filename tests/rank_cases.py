@@ -20,14 +20,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import set_seed
 
+from benchmarks.rank_runs import forget
 from fastalign.config import config_from_dict
 from fastalign.model.loading import add_adapter, load_model
 from fastalign.objectives.cross_entropy import ChunkedCrossEntropy
 from fastalign.training import trainer
 from fastalign.training.run import train
 from fastalign.training.zero import preset
-
-from benchmarks.rank_runs import forget
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
