@@ -288,11 +288,24 @@ def test_an_error_that_all_ranks_know_is_left_as_it_is(pair: Any) -> None:
         assert end is error and end.said_here is None
 
 
+def test_a_store_that_is_gone_is_a_rank_that_is_lost(pair: Any) -> None:
+    def stays(ranks: Ranks) -> Exception:
+        ranks.meet()
+        time.sleep(0.5)
+        return ranks.end(_raised(ranks.meet))
+
+    _, found = pair(lambda ranks: ranks.meet(), stays)
+    assert isinstance(found, RunError) and "contact with another rank was lost" in str(found) and found.said_here
+
+
 def test_a_rank_that_never_comes_is_named(pair: Any) -> None:
     def waits(ranks: Ranks) -> Exception:
         ranks.limit = 0.5
         ranks.meet()
-        return _raised(ranks.meet)
+        started = time.monotonic()
+        error = _raised(ranks.meet)
+        assert time.monotonic() - started < 10
+        return error
 
     found, _ = pair(waits, lambda ranks: [ranks.meet(), time.sleep(1)])
     assert isinstance(found, RunError) and "in vain for rank 1" in str(found)
