@@ -182,8 +182,17 @@ def test_the_settings_of_deepspeed_count_by_their_content(tmp_path: Path) -> Non
         records.append(run_record(config, {}, 1))
     (tmp_path / "run.json").write_text(json.dumps(records[0]))
     assert require_same_run(tmp_path, records[1]) == []
-    with pytest.raises(ConfigError, match=r"training\.deepspeed"):
+    with pytest.raises(ConfigError, match=r"training\.deepspeed\.zero_optimization\.stage was 1, now 2"):
         require_same_run(tmp_path, records[2])
+
+
+def test_another_number_of_ranks_is_refused_with_both(tmp_path: Path) -> None:
+    config = config_from_dict({"training": {"deepspeed": "zero3"}})
+    (tmp_path / "run.json").write_text(json.dumps(run_record(config, {}, 2)))
+    assert require_same_run(tmp_path, run_record(config, {}, 2)) == []
+    with pytest.raises(ConfigError, match=r"ranks was 2, now 4") as caught:
+        require_same_run(tmp_path, run_record(config, {}, 4))
+    assert "set them back, or start a new run" in str(caught.value)
 
 
 def test_a_finished_run_in_a_moved_folder_keeps_its_best_adapter(raw: dict, tmp_path: Path) -> None:
