@@ -82,6 +82,7 @@ def test_without_the_rule_it_is_not(all_runs: Runs, wrapper: str) -> None:
         assert (all_runs.error(name, all_runs.one("alternate", **ADAM_STEPS)) > 1e-2) != itself
 
 
+@pytest.mark.timeout(900)  # DeepSpeed compiles in its first launch on a machine
 def test_zero_2_and_3_take_the_steps_of_one_rank(
     model_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
