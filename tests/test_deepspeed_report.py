@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import socket
 import subprocess
 import sys
 
 import pytest
 
+from tests.launches import free_port
 from tests.rank_cases import ENVIRONMENT, ROOT
 
 REPORT = ROOT / "docs" / "deepspeed-stale-gradients"
@@ -17,9 +17,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def deepspeed_launcher() -> list[str]:
     """On a free port: its default is the same for every launch on a machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return ["deepspeed", "--num_accelerators", "2", "--master_port", str(probe.getsockname()[1])]
+    return ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
 
 
 def verdicts(table: str) -> dict[str, list[str]]:

@@ -21,7 +21,7 @@ from fastalign.model.skeleton import Skeleton, skeleton
 from fastalign.training.arguments import checkpointing
 from fastalign.training.course import Course, Mode, course
 from fastalign.training.optimizer import optimizer_bytes
-from fastalign.training.zero import parted, zero_stage
+from fastalign.training.zero import deepspeed_settings, parted
 
 CONTEXT = 500 * 10**6  # bytes of a GPU that driver and libraries take before a tensor is there; assumed, not counted
 SPARE = {True: 0.05, False: 0.15}  # of what is left on a GPU or not: for what the allocator cannot use, and others take
@@ -180,14 +180,16 @@ def memory(config: Config, needs: Needs, shapes: Mapping[str, Shape], ranks: int
     if config.schedule.mode == "joint" and ranks == 1:
         gradients *= 2  # those of the first stream are kept aside, to tell the norms apart
     items = {"base": size.base, "embedding": size.embedding, "head": size.head, "adapter": size.adapter}
-    stage = zero_stage(config.training) if ranks > 1 else None
-    if stage is not None and _autocast(config.training):  # DeepSpeed's own way: 16 bits, and a copy in fp32
+    settings = deepspeed_settings(config.training) if ranks > 1 else None
+    zero = None if settings is None else settings["zero_optimization"]
+    stage = None if zero is None else zero["stage"]
+    if zero is not None and _autocast(config.training):  # DeepSpeed's own way: 16 bits, and a copy in fp32
         items["adapter"] = gradients = 2 * size.trainable
         optimizer += 4 * size.trainable
     items |= {"gradients": gradients, "optimizer": optimizer}
     whole = sum(items.values())
-    if stage is not None:
-        items = parted(items, config.training, ranks, size.itemsize)
+    if zero is not None:
+        items = parted(items, zero, ranks, size.itemsize)
     elif ranks > 1:
         items["buckets"] = size.adapter  # DDP copies the gradients into them
     saved = whole - sum(count for name, count in items.items() if name not in ("buckets", "gathered"))

@@ -123,8 +123,7 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
         flat[key] = "given" if flat.get(key) else None
     for key, digests in record["data"].items():
         flat[f"content of {key}"] = digests
-    for key, value in _leaves(flat.get("training.deepspeed"), "training.deepspeed"):
-        flat[key] = value
+    flat.update(_leaves(flat.get("training.deepspeed"), "training.deepspeed"))
     flat["rows of the task in a step"] = flat[STEP[0]] * flat[STEP[1]]
     flat["ranks"] = record["ranks"]
     flat["blocks that are loaded (all where the task is evaluated)"] = record.get("blocks") or "all"

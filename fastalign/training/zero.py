@@ -86,30 +86,26 @@ def deepspeed_settings(training: Mapping[str, Any]) -> dict[str, Any] | None:
 def zero_stage(training: Mapping[str, Any]) -> int | None:
     """0 to 3; None without DeepSpeed. Raises ConfigError as `deepspeed_settings`."""
     settings = deepspeed_settings(training)
-    return None if settings is None else settings.get("zero_optimization", {}).get("stage", 0)
+    return None if settings is None else settings["zero_optimization"]["stage"]
 
 
-def parted(items: Mapping[str, int], training: Mapping[str, Any], ranks: int, itemsize: int) -> dict[str, int]:
+def parted(items: Mapping[str, int], zero: Mapping[str, Any], ranks: int, itemsize: int) -> dict[str, int]:
     """What one of several ranks holds of these bytes under ZeRO, with the buffers that DeepSpeed adds.
 
     Args:
         items: bytes on one rank alone: base, embedding, head, adapter, gradients, optimizer.
-        training: the ``training`` section, with DeepSpeed. itemsize: bytes of a number of the base.
+        zero: ``zero_optimization`` of `deepspeed_settings`. itemsize: bytes of a number of the base.
 
     Returns:
         These items, `buckets` (that gradients are exchanged in), and under ZeRO-3 `gathered`: parameters that are
         whole at a time, at most.
     """
-    settings = deepspeed_settings(training) or {}
-    zero = settings.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
+    stage = zero["stage"]
     if not stage:
         return {**items, "buckets": items["gradients"]}
     held = dict(items)
-    optimizer, parameters = (
-        ["optimizer", *(["gradients"] if stage > 1 else [])],
-        ["base", "embedding", "head", "adapter"],
-    )
+    optimizer = ["optimizer", "gradients"] if stage > 1 else ["optimizer"]
+    parameters = ["base", "embedding", "head", "adapter"]
     for names, key in ((optimizer, "offload_optimizer"), (parameters if stage == 3 else [], "offload_param")):
         away = (zero.get(key) or {}).get("device", "none") != "none"
         held |= {name: 0 if away else -(-items[name] // ranks) for name in names}
